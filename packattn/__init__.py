@@ -1,0 +1,35 @@
+"""Boundary-aware packed attention for Hugging Face models: patch, pack, train; no sequence sees another."""
+
+__version__ = "0.1.0"
+
+from packattn.attention import PackedAttention, packed_attention, packed_attention_with_lse
+from packattn.boundaries import Boundaries, boundaries, cu_seqlens_from_position_ids
+from packattn.errors import UnsupportedMaskError, UnsupportedModelError
+from packattn.mask import PackedMask
+
+# Loaded at first use, so that importing packattn imports neither transformers nor triton.
+_LAZY = {"patch": "packattn.hf", "Patch": "packattn.hf", "verify": "packattn.hf", "PackingCollator": "packattn.data"}
+
+__all__ = [
+    "Boundaries",
+    "PackedAttention",
+    "PackedMask",
+    "PackingCollator",
+    "Patch",
+    "UnsupportedMaskError",
+    "UnsupportedModelError",
+    "boundaries",
+    "cu_seqlens_from_position_ids",
+    "packed_attention",
+    "packed_attention_with_lse",
+    "patch",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'packattn' has no attribute {name!r}")

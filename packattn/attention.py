@@ -1,0 +1,206 @@
+"""packed_attention: argument checks, the choice of backend, and the autograd Function over the operators."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from packattn import ops
+from packattn.mask import PackedMask
+from packattn.schemas import BACKENDS
+
+Backend = Literal["triton", "cpu", "torch"]
+
+
+def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """triton on CUDA and ROCm, cpu on the CPU where the extension is built; torch elsewhere and for float64."""
+    if dtype != torch.float64:
+        if device.type == "cuda":
+            return "triton"
+        if device.type == "cpu" and ops.HAS_C:
+            return "cpu"
+    return "torch"
+
+
+class PackedAttention(torch.autograd.Function):
+    """Packed attention as an autograd Function; `packed_attention` checks the arguments and calls it.
+
+    apply(q, k, v, k_start, k_end, q_start, q_end, sinks, seed, softmax_scale, softcap, dropout_p, backend)
+    returns (out, lse); gradients flow to q, k, v and sinks, from both results.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor,
+        sinks: Tensor | None, seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float,
+        backend: Backend,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        spans, options = (k_start, k_end, q_start, q_end), (softmax_scale, softcap, dropout_p)
+        run = getattr(torch.ops.packattn, f"attention_forward_{backend}").default
+        out, lse = run(q, k, v, *spans, sinks, seed, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *spans, sinks, seed)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        out, sinks = saved[3], saved[9]
+        dout = torch.zeros_like(out) if dout is None else _last_dim_contiguous(dout)
+        run = getattr(torch.ops.packattn, f"attention_backward_{ctx.backend}").default
+        dq, dk, dv, dsinks = run(dout, dlse, *saved, *ctx.options)
+        return dq, dk, dv, None, None, None, None, None if sinks is None else dsinks, None, None, None, None, None
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PackedMask,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Attention over a packed stream: every query sees the keys of its span and nothing else.
+
+    Equivalent to (for one head, without the options):
+
+        scores = (q @ k.T * softmax_scale).masked_fill(~mask.to_dense(), float("-inf"))
+        out = scores.softmax(-1) @ v
+
+    Args:
+        q: (tokens, heads_q, head_dim), float32, float16 or bfloat16 (float64 on the torch backend).
+        k: (tokens_k, heads_k, head_dim), dtype and device of q; heads_k divides heads_q.
+        v: (tokens_k, heads_k, head_dim_v), likewise.
+        mask: the spans, on the device of q.
+        softmax_scale: factor of the scores; head_dim ** -0.5 if None.
+        softcap: if positive, scores become `softcap * tanh(scores / softcap)`.
+        sinks: (heads_q,), floating: one logit per head that takes part in the softmax and has no value.
+        dropout_p: probability of dropping a softmax probability; the kept ones are scaled by 1 / (1 - dropout_p).
+        backend: "triton", "cpu" or "torch"; None takes the one of the device (see `python -m packattn info`).
+
+    Returns:
+        (tokens, heads_q, head_dim_v) in the dtype of q (under autocast, of the autocast dtype). A query with an empty
+        span gives 0.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named, before any work.
+        NotImplementedError: what the backend cannot run, with every reason.
+    """
+    return packed_attention_with_lse(
+        q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p, backend=backend
+    )[0]
+
+
+def packed_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PackedMask,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As packed_attention, and the log-sum-exp of each query's scores (sinks included), differentiable too.
+
+    Returns:
+        out as packed_attention; lse (heads_q, tokens), float32, natural log, -inf for an empty span without sink.
+    """
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.dtype.is_floating_point and x.dtype != torch.float64 else x for x in (q, k, v))
+    _check(q, k, v, mask, softcap, sinks, dropout_p)
+    if backend is None:
+        backend = default_backend(q.device, q.dtype)
+    _check_backend(backend, q)
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    if sinks is not None:
+        sinks = sinks.to(ops.lse_dtype(q))
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    q, k, v = (_last_dim_contiguous(x) for x in (q, k, v))
+    return PackedAttention.apply(q, k, v, *mask, sinks, seed, scale, float(softcap), float(dropout_p), backend)
+
+
+def _last_dim_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, softcap: float, sinks: Tensor | None, dropout_p: float
+) -> None:
+    for name, x, shape in (
+        ("q", q, "(tokens, heads_q, head_dim)"),
+        ("k", k, "(tokens_k, heads_k, head_dim)"),
+        ("v", v, "(tokens_k, heads_k, head_dim_v)"),
+    ):
+        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating-point tensor of shape {shape}, got {got}.")
+        if x.ndim != 3:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}.")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}.")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}.")
+    tokens, heads_q, head_dim = q.shape
+    tokens_k, heads_k, _ = k.shape
+    if head_dim == 0 or v.shape[2] == 0:
+        raise ValueError(f"head_dim must be at least 1, got q {tuple(q.shape)} and v {tuple(v.shape)}.")
+    if k.shape[2] != head_dim or heads_k == 0 or heads_q % heads_k:
+        raise ValueError(
+            f"k must have shape (tokens_k, heads_k, head_dim={head_dim}) with heads_k dividing heads_q={heads_q}, got "
+            f"{tuple(k.shape)}."
+        )
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"v must have shape ({tokens_k}, {heads_k}, head_dim_v), as k, got {tuple(v.shape)}.")
+    if not isinstance(mask, PackedMask):
+        raise TypeError(
+            f"mask must be a packattn.PackedMask, got {type(mask).__name__}; make one with "
+            "PackedMask.causal(packattn.boundaries(position_ids))."
+        )
+    if (mask.tokens, mask.tokens_k) != (tokens, tokens_k):
+        raise ValueError(
+            f"mask must be of {tokens} queries and {tokens_k} keys, as q and k, got {mask.tokens} and {mask.tokens_k}."
+        )
+    if mask.k_start.device != q.device:
+        raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.k_start.device}.")
+    if softcap < 0:
+        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}.")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}.")
+    if sinks is not None and (
+        not isinstance(sinks, Tensor)
+        or not sinks.dtype.is_floating_point
+        or sinks.shape != (heads_q,)
+        or sinks.device != q.device
+    ):
+        got = f"{sinks.dtype} {tuple(sinks.shape)} on {sinks.device}" if isinstance(sinks, Tensor) else type(sinks)
+        raise ValueError(f"sinks must be a floating-point tensor of shape ({heads_q},) on {q.device}, got {got}.")
+
+
+def _check_backend(backend: str, q: Tensor) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}.")
+    reasons = []
+    if backend == "cpu":
+        if not ops.HAS_C:
+            reasons.append(
+                "packattn._C is not built: install a C++ compiler and run `pip install --no-build-isolation .`"
+            )
+        if q.device.type != "cpu":
+            reasons.append(f"the tensors are on {q.device}")
+        if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            reasons.append(f"{q.dtype} is not one of float32, bfloat16, float16")
+    if backend == "triton" and q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"{q.dtype} is not one of float32, bfloat16, float16")
+    if reasons:
+        raise NotImplementedError(f'backend "{backend}" cannot run this: {"; ".join(reasons)}. Use backend="torch".')

@@ -1,0 +1,24 @@
+"""The operators of `torch.ops.packattn`: the one home of their schemas.
+
+This file imports nothing, so that setup.py can turn it into the C++ header that `packattn._C` registers, and
+`packattn.ops` can register the same strings where the extension is not built.
+"""
+
+_SPANS = "Tensor k_start, Tensor k_end, Tensor q_start, Tensor q_end"
+_OPTIONS = "Tensor? sinks, Tensor? seed, float softmax_scale, float softcap, float dropout_p"
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_SPANS}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
+_BACKWARD = (
+    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SPANS}, {_OPTIONS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)"
+)
+
+BACKENDS = ("triton", "cpu", "torch")
+
+SCHEMAS = {
+    "boundaries": (
+        "(Tensor position_ids, Tensor? attention_mask)"
+        " -> (Tensor seq_start, Tensor seq_end, Tensor cu_seqlens, Tensor summary)"
+    ),
+    **{f"attention_forward_{backend}": _FORWARD for backend in BACKENDS},
+    **{f"attention_backward_{backend}": _BACKWARD for backend in BACKENDS},
+}
