@@ -5,7 +5,8 @@ Arithmetic is float32, or float64 for float64 inputs. On the CPU a block reads o
 that would wait for the device, so a block reads all keys and the mask does the rest.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +15,19 @@ from packattn import dropout
 from packattn.ops import lse_dtype
 
 _BLOCK = 64
+
+
+def _without_autocast(
+    function: Callable[..., tuple[Tensor, ...]],
+) -> Callable[..., tuple[Tensor, ...]]:
+    """An operator computes in the precision it states, also inside `torch.autocast`."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *others: Tensor | float | None) -> tuple[Tensor, ...]:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *others)
+
+    return call
 
 
 class _Scores:
@@ -72,6 +86,7 @@ def _tokens_first(x: Tensor, rows: slice) -> Tensor:
     return x.reshape(-1, rows.stop - rows.start, x.shape[2]).transpose(0, 1)
 
 
+@_without_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor,
     sinks: Tensor | None, seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float,
@@ -90,6 +105,7 @@ def forward(
     return out, lse
 
 
+@_without_autocast
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, k_start: Tensor,
     k_end: Tensor, q_start: Tensor, q_end: Tensor, sinks: Tensor | None, seed: Tensor | None, softmax_scale: float,

@@ -1,0 +1,56 @@
+"""One suite for every backend: `TRITON_INTERPRET=1 pytest` runs the tests of the `backend` fixture through Triton.
+
+The interpreter has to be chosen before triton is imported, and the PTX emulator needs the compiler instead, so there
+are two runs; `make test` makes both. With a GPU the plain run takes the Triton backend on it as well.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "ptxemu"))
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING:
+    BACKENDS = [("triton", "cpu")]
+else:
+    BACKENDS = [("torch", "cpu"), ("cpu", "cpu")]
+    if torch.cuda.is_available():
+        BACKENDS += [("torch", "cuda"), ("triton", "cuda")]
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend,device", BACKENDS, ids=["-".join(b) for b in BACKENDS])
+
+
+def pytest_collection_modifyitems(config, items):
+    if INTERPRETING:
+        kept = [item for item in items if "backend" in item.fixturenames]
+        config.hook.pytest_deselected(items=[item for item in items if "backend" not in item.fixturenames])
+        items[:] = kept
+
+
+@pytest.fixture
+def dtypes(backend, device):
+    """The dtypes in which a backend can be judged here: Triton's interpreter computes bfloat16 wrongly."""
+    if backend == "triton" and device == "cpu":
+        return [torch.float32, torch.float16]
+    if backend == "torch":
+        return [torch.float32, torch.bfloat16]
+    return [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch, request):
+    """Memory that is not written reads as NaN, so that an output tile left out cannot pass."""
+    if "backend" not in request.fixturenames:
+        return
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(before))

@@ -1,0 +1,261 @@
+"""The laws of docs/design.md, each on every backend it concerns."""
+
+import threading
+
+import pytest
+import torch
+from cases import Case, assert_accurate, cancelling_terms, run, run_on, truth_and_naive
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import packattn
+from packattn import PackedMask, blocked
+from packattn.attention import PackedAttention
+
+LENGTHS = [5, 1, 40, 23, 64, 2]
+KINDS = [
+    Case("causal", LENGTHS, heads_q=4, heads_k=2),
+    Case("window", LENGTHS, heads_q=2, heads_k=2, window=11),
+    Case("bidirectional", LENGTHS, heads_q=3, heads_k=1, mask="bidirectional"),
+]
+by_kind = pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+
+
+def packed(backend):
+    return lambda *args, **options: packattn.packed_attention_with_lse(*args, **options, backend=backend)
+
+
+def alone(backend, case, tensors, device):
+    """Each sequence by itself through the same backend, the results put back end to end."""
+    parts, begin = [], 0
+    for length in case.lengths:
+        q, k, v, sinks, dout, dlse = tensors
+        rows = slice(begin, begin + length)
+        one = Case(case.name, [length], mask=case.mask, window=case.window)
+        pieces = [q[rows], k[rows], v[rows], sinks, dout[rows], dlse[:, rows]]
+        parts.append(run_on(packed(backend), one, pieces, device))
+        begin += length
+    return {name: torch.cat([p[name] for p in parts], 1 if name == "lse" else 0) for name in parts[0]}
+
+
+@by_kind
+def test_law_1_packed_equals_alone(case, backend, device, dtypes):
+    for dtype in dtypes:
+        truth, naive = truth_and_naive(case, dtype, device)
+        terms = cancelling_terms(case, dtype, device)
+        tensors = case.tensors(dtype, device)
+        for found in (run(packed(backend), case, dtype, device), alone(backend, case, tensors, device)):
+            for name in truth:
+                assert_accurate(f"{name} in {dtype}", found[name], truth[name], naive[name], terms.get(name, 0.0))
+
+
+@by_kind
+def test_law_2_no_leak(case, backend, device, dtypes):
+    for dtype in dtypes:
+        tensors = case.tensors(dtype, device)
+        changed = [x.clone() for x in tensors]
+        rows = slice(6, 46)  # the third sequence
+        for x in changed[:3]:
+            x[rows] *= -3.0
+        changed[4][rows] += 1.0
+        before, after = (run_on(packed(backend), case, x, device) for x in (tensors, changed))
+        for name, value in before.items():
+            other = after[name]
+            if name == "lse":
+                value, other = value.T, other.T
+            assert not torch.equal(value[rows], other[rows]), f"{name} of the changed sequence stayed the same"
+            for kept in (slice(0, 6), slice(46, None)):
+                assert torch.equal(value[kept], other[kept]), f"{name} in {dtype} of another sequence changed"
+
+
+def test_law_3_a_mask_that_is_not_one_span_is_refused():
+    position_ids, attention_mask = torch.arange(6)[None], torch.tensor([[1, 1, 0, 1, 1, 1]])
+    with pytest.raises(RuntimeError, match="attention_mask has a hole"):
+        packattn.boundaries(position_ids, attention_mask)
+    falling = torch.tensor([0, 2, 1], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="never decrease"):
+        PackedMask.from_spans(falling, falling + 1, 4)
+
+
+class Context:
+    """Stands in for autograd's, whose engine does not start for a device that the machine lacks."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value):
+        pass
+
+
+@pytest.mark.parametrize(("where", "named"), [("cuda", "triton"), ("cpu", "cpu"), ("cuda", "torch"), ("cpu", "torch")])
+def test_law_4_nothing_reads_a_value_on_the_host(where, named):
+    # A fake tensor has no values: reading one raises, and a tensor forgotten on another device raises too.
+    with FakeTensorMode():
+        q = torch.empty(300, 4, 64, device=where, dtype=torch.bfloat16)
+        k = torch.empty(300, 2, 64, device=where, dtype=torch.bfloat16)
+        v = torch.empty(300, 2, 32, device=where, dtype=torch.bfloat16)
+        sinks = torch.empty(4, device=where)
+        position_ids = torch.empty(2, 150, device=where, dtype=torch.int64)
+        found = packattn.boundaries(position_ids, position_ids >= 0)
+        for mask in (
+            PackedMask.causal(found, window=7, blocks=position_ids.view(-1)),
+            PackedMask.bidirectional(found, window=7),
+            PackedMask.chunked(found, 8, position_ids),
+            PackedMask.from_spans(found.seq_start, found.seq_end, 300),
+            PackedMask.causal(cu_seqlens=found.cu_seqlens, tokens=300),
+        ):
+            out = packattn.packed_attention(q, k, v, mask, sinks=sinks, dropout_p=0.1, backend=named)
+            assert (out.shape, out.device.type) == ((300, 4, 32), where)
+            context = Context()
+            out, lse = PackedAttention.forward(context, q, k, v, *mask, sinks, None, 0.1, 0.0, 0.0, named)
+            grads = PackedAttention.backward(context, out.transpose(0, 1).contiguous().transpose(0, 1), lse)
+            for x, grad in zip((q, k, v, sinks), (*grads[:3], grads[7]), strict=True):
+                assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device)
+
+
+def test_law_4_one_graph_serves_every_packing(backend, device):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def path(position_ids, q, k, v):
+        mask = PackedMask.causal(packattn.boundaries(position_ids))
+        return packattn.packed_attention(q, k, v, mask, backend=backend)
+
+    compiled = torch.compile(path, fullgraph=True, backend=count, dynamic=False)
+    q, k, v, *_ = Case("", [48], heads_q=2).tensors(torch.float32, device)
+    for lengths in ([48], [20, 28], [1] * 48):
+        position_ids = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        assert torch.equal(compiled(position_ids, q, k, v), path(position_ids, q, k, v))
+    assert len(graphs) == 1
+
+
+def test_law_4_gradients_through_the_compiler(backend, device):
+    torch._dynamo.reset()
+    case = Case("", [30, 18], heads_q=2, softcap=3.0, sinks=True)
+    compiled = torch.compile(packed(backend), fullgraph=True, backend="aot_eager")
+    eager, traced = (run(call, case, torch.float32, device) for call in (packed(backend), compiled))
+    for name, value in eager.items():
+        assert torch.equal(value, traced[name]), name
+
+
+def test_operators_keep_their_contract(backend, device):
+    case = Case("", [7, 9], heads_q=2, sinks=True)
+    q, k, v, sinks, dout, dlse = case.tensors(torch.float32, device)
+    mask = case.packed_mask(device)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    forward = getattr(torch.ops.packattn, f"attention_forward_{backend}").default
+    backward = getattr(torch.ops.packattn, f"attention_backward_{backend}").default
+    inputs = (q, k, v, *mask, sinks, None, 0.25, 0.0, 0.0)
+    torch.library.opcheck(forward, inputs, test_utils=tests)
+    out, lse = forward(*inputs)
+    torch.library.opcheck(backward, (dout, dlse, q, k, v, out, lse, *inputs[3:]), test_utils=tests)
+    position_ids = torch.tensor([[0, 1, 0, 1, 2]], device=device)
+    torch.library.opcheck(torch.ops.packattn.boundaries.default, (position_ids, position_ids >= 0), test_utils=tests)
+
+
+@by_kind
+def test_law_5_two_runs_are_bitwise_equal(case, backend, device, dtypes):
+    for dtype in dtypes:
+        first, second = (run(packed(backend), case, dtype, device) for _ in range(2))
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operator returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+def test_law_6_the_path_without_a_compiler_is_linear_in_the_tokens():
+    largest = {}
+    for tokens in (1024, 2048):
+        q, k, v, _, dout, dlse = Case("", [tokens], heads_q=2).tensors(torch.float32, "cpu")
+        mask = PackedMask.causal(lengths=[tokens])
+        with LargestTensor() as seen:
+            out, lse = blocked.forward(q, k, v, *mask, None, None, 0.25, 0.0, 0.0)
+            blocked.backward(dout, dlse, q, k, v, out, lse, *mask, None, None, 0.25, 0.0, 0.0)
+        largest[tokens] = seen.numel
+    assert largest[2048] <= 2 * largest[1024]
+    assert largest[2048] < 2048 * 2048
+
+
+def test_law_8_a_named_backend_never_falls_back(monkeypatch):
+    q = torch.zeros(4, 2, 16, dtype=torch.float64)
+    mask = PackedMask.causal(lengths=[4])
+    for backend in ("cpu", "triton"):
+        with pytest.raises(NotImplementedError, match=f'backend "{backend}" cannot run this: .*float64'):
+            packattn.packed_attention(q, q, q, mask, backend=backend)
+    monkeypatch.setattr(packattn.ops, "HAS_C", False)
+    with pytest.raises(NotImplementedError, match="packattn._C is not built: install a C"):
+        packattn.packed_attention(q.float(), q.float(), q.float(), mask, backend="cpu")
+    assert packattn.attention.default_backend(torch.device("cpu"), torch.float32) == "torch"
+
+
+def good():
+    q = torch.zeros(6, 4, 16)
+    return {"q": q, "k": q[:, :2], "v": q[:, :2], "mask": PackedMask.causal(lengths=[4, 2])}
+
+
+BAD = [
+    ({"q": [1.0]}, TypeError, "q must be a floating-point tensor of shape .tokens, heads_q, head_dim., got list"),
+    ({"q": torch.zeros(6, 4, 16, dtype=torch.int64)}, TypeError, "q must be a floating-point tensor"),
+    ({"q": torch.zeros(1, 6, 4, 16)}, ValueError, r"q must have shape .* got \(1, 6, 4, 16\)"),
+    ({"k": torch.zeros(6, 2, 16).half()}, TypeError, "k must have the dtype of q, torch.float32, got torch.float16"),
+    ({"k": torch.zeros(6, 3, 16)}, ValueError, r"heads_k dividing heads_q=4, got \(6, 3, 16\)"),
+    ({"k": torch.zeros(6, 2, 8)}, ValueError, r"k must have shape \(tokens_k, heads_k, head_dim=16\)"),
+    ({"v": torch.zeros(5, 2, 16)}, ValueError, r"v must have shape \(6, 2, head_dim_v\)"),
+    ({"v": torch.zeros(6, 2, 16, device="meta")}, ValueError, "v must be on the device of q, cpu, got meta"),
+    ({"mask": torch.ones(6, 6)}, TypeError, "mask must be a packattn.PackedMask, got Tensor; make one with"),
+    ({"mask": PackedMask.causal(lengths=[4])}, ValueError, "mask must be of 6 queries and 6 keys"),
+    ({"softcap": -1.0}, ValueError, "softcap must be positive, or 0 for none, got -1.0"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, got 1.0"),
+    ({"sinks": torch.zeros(2)}, ValueError, r"sinks must be a floating-point tensor of shape \(4,\) on cpu"),
+    ({"backend": "cuda"}, ValueError, "backend must be None or one of triton, cpu, torch, got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_law_10_bad_arguments_are_named_before_any_work(change, error, message, monkeypatch):
+    monkeypatch.setattr(PackedAttention, "apply", lambda *_: pytest.fail("work began"))
+    arguments = good() | change
+    with pytest.raises(error, match=message):
+        packattn.packed_attention(**arguments)
+
+
+def test_gradients_may_be_asked_for_in_another_thread(backend, device):
+    case = KINDS[0]
+    expected = run(packed(backend), case, torch.float32, device)
+    found = {}
+    thread = threading.Thread(target=lambda: found.update(run(packed(backend), case, torch.float32, device)))
+    thread.start()
+    thread.join()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_autocast_casts_as_torch_does(backend, device):
+    if backend == "triton" and device == "cpu":
+        dtype = torch.float16  # the interpreter has no right bfloat16
+    else:
+        dtype = torch.bfloat16
+    q, k, v, *_ = Case("", [20, 10], heads_q=2).tensors(torch.float32, device)
+    mask = PackedMask.causal(lengths=[20, 10])
+    mask = PackedMask(*(x.to(device) for x in mask))
+    with torch.autocast(device, dtype=dtype):
+        out = packattn.packed_attention(q, k, v.to(dtype), mask, backend=backend)
+    assert out.dtype == dtype
+    assert torch.equal(out, packattn.packed_attention(*(x.to(dtype) for x in (q, k, v)), mask, backend=backend))
