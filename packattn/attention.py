@@ -127,7 +127,8 @@ def packed_attention_with_lse(
         sinks = sinks.to(ops.lse_dtype(q))
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     q, k, v = (_last_dim_contiguous(x) for x in (q, k, v))
-    return PackedAttention.apply(q, k, v, *mask, sinks, seed, scale, float(softcap), float(dropout_p), backend)
+    out, lse = PackedAttention.apply(q, k, v, *mask, sinks, seed, scale, float(softcap), float(dropout_p), backend)
+    return out, lse
 
 
 def _last_dim_contiguous(x: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def _check(
         ("v", v, "(tokens_k, heads_k, head_dim_v)"),
     ):
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a floating-point tensor of shape {shape}, got {got}.")
         if x.ndim != 3:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}.")
@@ -183,8 +184,12 @@ def _check(
         or sinks.shape != (heads_q,)
         or sinks.device != q.device
     ):
-        got = f"{sinks.dtype} {tuple(sinks.shape)} on {sinks.device}" if isinstance(sinks, Tensor) else type(sinks)
-        raise ValueError(f"sinks must be a floating-point tensor of shape ({heads_q},) on {q.device}, got {got}.")
+        what = (
+            f"{sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
+            if isinstance(sinks, Tensor)
+            else type(sinks).__name__
+        )
+        raise ValueError(f"sinks must be a floating-point tensor of shape ({heads_q},) on {q.device}, got {what}.")
 
 
 def _check_backend(backend: str, q: Tensor) -> None:

@@ -40,8 +40,7 @@ class _Scores:
         dtype = lse_dtype(q)
         tokens, heads, _ = q[rows].shape
         heads_k = k.shape[1]
-        # [heads_k, group * tokens, head_dim] and [heads_k, keys, head_dim]
-        self.group = heads // heads_k
+        # Queries [heads_k, group * tokens, head_dim] against keys [heads_k, keys, head_dim].
         self.q = self.rows_by_head(q[rows].to(dtype), heads_k)
         self.k = k[keys].to(dtype).transpose(0, 1)
         raw = (self.q @ self.k.transpose(1, 2) * softmax_scale).view(heads, tokens, -1)

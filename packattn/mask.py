@@ -209,7 +209,8 @@ def _one_source(
         return boundaries
     if lengths is not None:
         return Boundaries.from_lengths(lengths)
-    assert cu_seqlens is not None and tokens is not None
+    assert cu_seqlens is not None
+    assert tokens is not None
     return Boundaries.from_cu_seqlens(cu_seqlens, tokens)
 
 

@@ -64,13 +64,11 @@ _library.impl("attention_backward_torch", _python_backend("packattn.blocked", "b
 @torch.library.register_fake("packattn::boundaries")
 def _(position_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = position_ids.numel()
-    like = {"dtype": torch.int32, "device": position_ids.device}
-    return (
-        torch.empty(tokens, **like),
-        torch.empty(tokens, **like),
-        torch.empty(tokens + 1, **like),
-        torch.empty(4, **like),
-    )
+
+    def int32(length: int) -> Tensor:
+        return torch.empty(length, dtype=torch.int32, device=position_ids.device)
+
+    return int32(tokens), int32(tokens), int32(tokens + 1), int32(4)
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:

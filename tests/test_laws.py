@@ -200,7 +200,7 @@ def test_law_8_a_named_backend_never_falls_back(monkeypatch):
         with pytest.raises(NotImplementedError, match=f'backend "{backend}" cannot run this: .*float64'):
             packattn.packed_attention(q, q, q, mask, backend=backend)
     monkeypatch.setattr(packattn.ops, "HAS_C", False)
-    with pytest.raises(NotImplementedError, match="packattn._C is not built: install a C"):
+    with pytest.raises(NotImplementedError, match=r"packattn\._C is not built: install a C"):
         packattn.packed_attention(q.float(), q.float(), q.float(), mask, backend="cpu")
     assert packattn.attention.default_backend(torch.device("cpu"), torch.float32) == "torch"
 
@@ -248,10 +248,8 @@ def test_gradients_may_be_asked_for_in_another_thread(backend, device):
 
 
 def test_autocast_casts_as_torch_does(backend, device):
-    if backend == "triton" and device == "cpu":
-        dtype = torch.float16  # the interpreter has no right bfloat16
-    else:
-        dtype = torch.bfloat16
+    # The interpreter has no right bfloat16.
+    dtype = torch.float16 if backend == "triton" and device == "cpu" else torch.bfloat16
     q, k, v, *_ = Case("", [20, 10], heads_q=2).tensors(torch.float32, device)
     mask = PackedMask.causal(lengths=[20, 10])
     mask = PackedMask(*(x.to(device) for x in mask))

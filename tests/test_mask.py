@@ -1,0 +1,130 @@
+"""PackedMask: every constructor against the sentence that defines it, and the transpose."""
+
+import pytest
+import torch
+
+import packattn
+from packattn import Boundaries, PackedMask, UnsupportedMaskError
+
+LENGTHS = [3, 1, 7, 5, 12]
+TOKENS = sum(LENGTHS)
+SEQUENCE = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+SAME = SEQUENCE[:, None] == SEQUENCE
+QUERY, KEY = torch.arange(TOKENS)[:, None], torch.arange(TOKENS)
+POSITION = torch.cat([torch.arange(n) for n in LENGTHS])
+BLOCKS = torch.tensor([-1, 0, 0, 5, 2, 2, -1, -1, 3, 3, 4, 4, 4, -1, 7, 7] + [9] * 12)
+
+
+def block_of(i, j):
+    low, high = (min(i, j), max(i, j))
+    return BLOCKS[i] >= 0 and bool((BLOCKS[low : high + 1] == BLOCKS[i]).all())
+
+
+IN_BLOCK = torch.tensor([[block_of(i, j) for j in range(TOKENS)] for i in range(TOKENS)])
+CAUSAL = SAME & (KEY <= QUERY)
+EXPECTED = {
+    "causal": (lambda b: PackedMask.causal(b), CAUSAL),
+    "window 1": (lambda b: PackedMask.causal(b, window=1), QUERY == KEY),
+    "window 4": (lambda b: PackedMask.causal(b, window=4), CAUSAL & (QUERY - KEY < 4)),
+    "window 99": (lambda b: PackedMask.causal(b, window=99), CAUSAL),
+    "blocks": (lambda b: PackedMask.causal(b, blocks=BLOCKS), CAUSAL | (SAME & IN_BLOCK)),
+    "bidirectional": (lambda b: PackedMask.bidirectional(b), SAME),
+    "distance 2": (lambda b: PackedMask.bidirectional(b, window=2), SAME & ((QUERY - KEY).abs() <= 2)),
+    "distance 0": (lambda b: PackedMask.bidirectional(b, window=0), QUERY == KEY),
+    "chunks of 4": (lambda b: PackedMask.chunked(b, 4, POSITION), CAUSAL & (POSITION[:, None] // 4 == POSITION // 4)),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_constructor_draws_what_it_says(name):
+    make, expected = EXPECTED[name]
+    mask = make(packattn.boundaries(POSITION))
+    assert torch.equal(mask.to_dense(), expected)
+    assert mask.shape == (1, 1, TOKENS, TOKENS)
+    assert all(span.dtype == torch.int32 and span.is_contiguous() for span in mask)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_transpose_is_exact(name):
+    mask = EXPECTED[name][0](packattn.boundaries(POSITION))
+    seen_by = (mask.q_start <= QUERY) & (mask.q_end > QUERY)
+    assert torch.equal(seen_by, mask.to_dense())
+
+
+def test_transpose_is_exact_for_random_spans():
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        tokens, tokens_k = (int(torch.randint(1, 30, (), generator=generator)) for _ in range(2))
+        ends = torch.randint(0, tokens_k + 1, (2, tokens), generator=generator).sort(-1).values.int()
+        mask = PackedMask.from_spans(ends.min(0).values, ends.max(0).values, tokens_k)
+        query = torch.arange(tokens)[:, None]
+        assert torch.equal((mask.q_start <= query) & (query < mask.q_end), mask.to_dense())
+
+
+def test_every_source_gives_the_same_mask():
+    cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()])
+    filled = torch.cat([cu_seqlens, cu_seqlens.new_full((9,), TOKENS)])
+    expected = PackedMask.causal(packattn.boundaries(POSITION))
+    for mask in (
+        PackedMask.causal(lengths=LENGTHS),
+        PackedMask.causal(cu_seqlens=cu_seqlens, tokens=TOKENS),
+        PackedMask.causal(cu_seqlens=filled.int(), tokens=TOKENS),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(mask, expected, strict=True))
+    found = Boundaries.from_lengths(LENGTHS)
+    for one, other in zip(found, packattn.boundaries(POSITION), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_padding_sees_itself_only():
+    position_ids = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    attention_mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
+    dense = PackedMask.bidirectional(packattn.boundaries(position_ids, attention_mask)).to_dense()
+    real = attention_mask.flatten().bool()
+    assert torch.equal(dense[~real], torch.eye(10, dtype=torch.bool)[~real])
+    assert torch.equal(dense[:, ~real], torch.eye(10, dtype=torch.bool)[:, ~real])
+    assert dense[7:10, 7:10].all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: PackedMask.causal(), ValueError, "give exactly one of .* got none"),
+        (lambda: PackedMask.causal(lengths=[2], tokens=2), ValueError, "got lengths and tokens"),
+        (lambda: PackedMask.causal([2, 3]), TypeError, "lengths and cu_seqlens are given by name"),
+        (lambda: PackedMask.causal(lengths=[2, 0]), ValueError, "ints of at least 1, got 0"),
+        (lambda: PackedMask.causal(lengths=[2.0]), ValueError, "ints of at least 1, got 2.0"),
+        (lambda: PackedMask.causal(lengths=[2], window=0), ValueError, "window must be at least 1, got 0"),
+        (lambda: PackedMask.bidirectional(lengths=[2], window=-1), ValueError, "window must be at least 0, got -1"),
+        (lambda: PackedMask.causal(cu_seqlens=torch.tensor([0, 2]), tokens=3), RuntimeError, "must rise from 0 to"),
+        (lambda: PackedMask.causal(cu_seqlens=torch.tensor([0.0]), tokens=0), ValueError, "cu_seqlens must be an int"),
+        (lambda: PackedMask.causal(lengths=[2], blocks=torch.zeros(2)), UnsupportedMaskError, "blocks must be an int"),
+        (
+            lambda: PackedMask.chunked(Boundaries.from_lengths([2]), 4, torch.arange(3)),
+            ValueError,
+            "one position for each of the 2 tokens",
+        ),
+        (lambda: PackedMask.causal(lengths=[20_000]).to_dense(), ValueError, "to_dense is for streams of at most"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_repr_says_what_the_mask_is():
+    assert repr(PackedMask.causal(lengths=[2, 3])) == (
+        "PackedMask(queries=5, keys=5, pairs=9 (36.0% of dense), longest span=3, device=cpu)"
+    )
+
+
+def test_plot_draws_every_sequence_in_a_colour_of_its_own(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    ax = PackedMask.causal(lengths=[4, 3, 5]).plot()
+    (image,) = ax.get_images()
+    drawn = image.get_array()
+    assert set(drawn.flatten().tolist()) == {0, 1, 2, 3}
+    ax.figure.savefig(tmp_path / "mask.png")
+    assert (tmp_path / "mask.png").stat().st_size > 1000
+    plt.close("all")

@@ -1,0 +1,108 @@
+"""The shape of the package: what imports what, how long files are, what they must not hold."""
+
+import ast
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import packattn
+
+ROOT = Path(packattn.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+REPOSITORY = Path(__file__).parent.parent
+# Imports point downwards: what each part of the package may import of it.
+CORE = {"errors", "schemas"}
+ALLOWED = {
+    "errors": set(),
+    "schemas": set(),
+    "ops": {"schemas", "boundaries", "blocked", "kernels"},
+    "boundaries": {"ops"},
+    "plot": {"mask"},
+    "mask": {"boundaries", "errors", "plot"},
+    "dropout": set(),
+    "reference": {"mask", "dropout"},
+    "blocked": {"dropout", "ops"},
+    "kernels": {"ops"},
+    "attention": {"ops", "mask", "schemas"},
+    "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas"},
+    "data": set(),
+    "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
+    "info": {"attention", "ops", "schemas", "selftest"},
+    "__init__": {"attention", "boundaries", "errors", "mask", "hf", "data"},
+    "__main__": {"info", "selftest", "hf"},
+}
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported_parts(path: Path) -> set[str]:
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "packattn" else [f"packattn.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        parts |= {name.split(".")[1] for name in names if name.startswith("packattn.")}
+    return {name for name in parts if (ROOT / f"{name}.py").exists() or (ROOT / name).is_dir()} - {part_of(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    assert imported_parts(path) <= ALLOWED[part_of(path)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_holds_one_thing(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_environment_variables_and_no_float_atomics(path):
+    text = path.read_text()
+    assert not re.search(r"os\.environ|getenv", text)
+    assert not re.search(r"tl\.atomic_|make_block_ptr|tl\.advance|triton\.autotune", text)
+
+
+def test_importing_packattn_imports_neither_triton_nor_transformers():
+    code = "import sys, packattn; print(*({'triton', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
+
+
+def test_only_hf_imports_transformers():
+    for path in FILES:
+        if part_of(path) not in ("hf", "info"):
+            assert not re.search(r"^\s*(import|from) transformers", path.read_text(), re.M), path
+
+
+def test_every_public_name_is_there_documented_and_in_the_readme():
+    readme = (REPOSITORY / "README.md").read_text()
+    for name in packattn.__all__:
+        assert getattr(packattn, name).__doc__, name
+        assert name in readme, f"README.md does not name {name}"
+
+
+def test_docstring_examples_hold():
+    names = ["packattn.boundaries", "packattn.mask", "packattn.data.collator"]
+    for name in names:
+        result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": __import__("torch")})
+        assert result.attempted > 0, name
+        assert result.failed == 0, name
+
+
+def test_the_compiled_module_registers_the_schemas_of_the_package():
+    torch = pytest.importorskip("torch")
+    for name, schema in packattn.schemas.SCHEMAS.items():
+        registered = getattr(torch.ops.packattn, name).default._schema
+        wanted = torch._C.parse_schema(f"packattn::{name}{schema}")
+        assert str(registered) == str(wanted)
