@@ -49,7 +49,8 @@ _library.impl("boundaries", _boundaries_torch, "CompositeExplicitAutograd")
 
 def _python_backend(module: str, function: str) -> Callable[..., tuple[Tensor, ...]]:
     def call(*arguments: Tensor | float | None) -> tuple[Tensor, ...]:
-        return getattr(importlib.import_module(module), function)(*arguments)
+        run: Callable[..., tuple[Tensor, ...]] = getattr(importlib.import_module(module), function)
+        return run(*arguments)
 
     return call
 

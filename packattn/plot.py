@@ -35,7 +35,9 @@ def plot_mask(mask: "PackedMask", ax: "Axes | None" = None) -> "Axes":
         side = min(8.0, max(3.0, k_start.numel() / 12))
         ax = plt.subplots(figsize=(side, side), layout="constrained")[1]
     colours = ListedColormap(["#F4F4F4", *_COLOURS])
-    ax.imshow(dense * (shade + 1), cmap=colours, vmin=0, vmax=len(_COLOURS), interpolation="nearest", aspect="equal")
+    ax.imshow(
+        (dense * (shade + 1)).numpy(), cmap=colours, vmin=0, vmax=len(_COLOURS), interpolation="nearest", aspect="equal"
+    )
     if max(dense.shape) <= 64:
         ax.set_xticks([x - 0.5 for x in range(mask.tokens_k + 1)], minor=True)
         ax.set_yticks([y - 0.5 for y in range(mask.tokens + 1)], minor=True)

@@ -2,25 +2,17 @@
 
 import pytest
 import torch
-from cases import CASES, Case, assert_accurate, cancelling_terms, run, truth_and_naive
 
 import packattn
 from packattn import PackedMask, dropout, reference
 from packattn.attention import PackedAttention
-
-
-def packed(backend):
-    return lambda *args, **options: packattn.packed_attention_with_lse(*args, **options, backend=backend)
+from packattn.selftest import CASES, Case, assert_accurate, check_accuracy, packed
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 def test_case_is_accurate(case, backend, device, dtypes):
     for dtype in dtypes:
-        truth, naive = truth_and_naive(case, dtype, device)
-        actual = run(packed(backend), case, dtype, device)
-        terms = cancelling_terms(case, dtype, device)
-        for name in truth:
-            assert_accurate(f"{name} in {dtype}", actual[name], truth[name], naive[name], terms.get(name, 0.0))
+        check_accuracy(case, backend, dtype, device)
 
 
 def test_dropout_bits_are_those_of_the_oracle(backend, device):

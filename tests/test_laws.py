@@ -4,25 +4,27 @@ import threading
 
 import pytest
 import torch
-from cases import Case, assert_accurate, cancelling_terms, run, run_on, truth_and_naive
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import packattn
 from packattn import PackedMask, blocked
 from packattn.attention import PackedAttention
+from packattn.selftest import (
+    ISOLATION_CASES,
+    Case,
+    assert_accurate,
+    cancelling_terms,
+    check_accuracy,
+    check_determinism,
+    check_isolation,
+    packed,
+    run,
+    run_on,
+    truth_and_naive,
+)
 
-LENGTHS = [5, 1, 40, 23, 64, 2]
-KINDS = [
-    Case("causal", LENGTHS, heads_q=4, heads_k=2),
-    Case("window", LENGTHS, heads_q=2, heads_k=2, window=11),
-    Case("bidirectional", LENGTHS, heads_q=3, heads_k=1, mask="bidirectional"),
-]
-by_kind = pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
-
-
-def packed(backend):
-    return lambda *args, **options: packattn.packed_attention_with_lse(*args, **options, backend=backend)
+by_kind = pytest.mark.parametrize("case", ISOLATION_CASES, ids=lambda case: case.name)
 
 
 def alone(backend, case, tensors, device):
@@ -41,31 +43,18 @@ def alone(backend, case, tensors, device):
 @by_kind
 def test_law_1_packed_equals_alone(case, backend, device, dtypes):
     for dtype in dtypes:
+        check_accuracy(case, backend, dtype, device)
         truth, naive = truth_and_naive(case, dtype, device)
         terms = cancelling_terms(case, dtype, device)
-        tensors = case.tensors(dtype, device)
-        for found in (run(packed(backend), case, dtype, device), alone(backend, case, tensors, device)):
-            for name in truth:
-                assert_accurate(f"{name} in {dtype}", found[name], truth[name], naive[name], terms.get(name, 0.0))
+        found = alone(backend, case, case.tensors(dtype, device), device)
+        for name in truth:
+            assert_accurate(f"{name} in {dtype}", found[name], truth[name], naive[name], terms.get(name, 0.0))
 
 
 @by_kind
 def test_law_2_no_leak(case, backend, device, dtypes):
     for dtype in dtypes:
-        tensors = case.tensors(dtype, device)
-        changed = [x.clone() for x in tensors]
-        rows = slice(6, 46)  # the third sequence
-        for x in changed[:3]:
-            x[rows] *= -3.0
-        changed[4][rows] += 1.0
-        before, after = (run_on(packed(backend), case, x, device) for x in (tensors, changed))
-        for name, value in before.items():
-            other = after[name]
-            if name == "lse":
-                value, other = value.T, other.T
-            assert not torch.equal(value[rows], other[rows]), f"{name} of the changed sequence stayed the same"
-            for kept in (slice(0, 6), slice(46, None)):
-                assert torch.equal(value[kept], other[kept]), f"{name} in {dtype} of another sequence changed"
+        check_isolation(case, backend, dtype, device)
 
 
 def test_law_3_a_mask_that_is_not_one_span_is_refused():
@@ -160,9 +149,7 @@ def test_operators_keep_their_contract(backend, device):
 @by_kind
 def test_law_5_two_runs_are_bitwise_equal(case, backend, device, dtypes):
     for dtype in dtypes:
-        first, second = (run(packed(backend), case, dtype, device) for _ in range(2))
-        for name, value in first.items():
-            assert torch.equal(value, second[name]), name
+        check_determinism(case, backend, dtype, device)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -237,7 +224,7 @@ def test_law_10_bad_arguments_are_named_before_any_work(change, error, message, 
 
 
 def test_gradients_may_be_asked_for_in_another_thread(backend, device):
-    case = KINDS[0]
+    case = ISOLATION_CASES[0]
     expected = run(packed(backend), case, torch.float32, device)
     found = {}
     thread = threading.Thread(target=lambda: found.update(run(packed(backend), case, torch.float32, device)))

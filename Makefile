@@ -1,0 +1,47 @@
+# make demo          set up .venv, build the extension, run the main job
+# make test          set up if needed, run the tests
+# make check         lint, types and tests
+# make test-oldest   a core subset with the oldest supported versions, in an environment of its own
+# make clean         remove what was built, not the environment
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := -m pip install -q --disable-pip-version-check
+SOURCES := setup.py pyproject.toml packattn/schemas.py $(wildcard csrc/*)
+
+.PHONY: setup demo test test-oldest lint types check clean
+
+setup: $(VENV)/built
+
+# torch first: the extension is built against the torch that will run it.
+$(VENV)/built: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "packattn needs Python 3.10 or newer; say which: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	  { echo "python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv python3-dev"; exit 1; }
+	@echo "Setting up $(VENV): torch, triton, transformers, then the extension (some minutes the first time) ..."
+	@$(BIN)/python $(PIP) "setuptools>=77" wheel ninja "torch>=2.10"
+	@$(BIN)/python $(PIP) --no-build-isolation -e ".[demo,test,check]"
+	@$(BIN)/python -m packattn info
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m benchmarks.demo
+
+# Twice: the compiled kernels and everything else, then the Triton kernels in Triton's interpreter.
+test: setup
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf build out *.egg-info packattn/*.so $(VENV)/built

@@ -1,0 +1,53 @@
+"""`python -m packattn`: info and selftest."""
+
+import argparse
+import sys
+import time
+
+import torch
+
+from packattn import info, ops, selftest
+from packattn.attention import Backend
+
+
+def run_selftest() -> int:
+    """Run every named case on every backend that this machine has; 0 if all hold."""
+    targets: list[tuple[Backend, str]] = [("torch", "cpu")]
+    if ops.HAS_C:
+        targets.append(("cpu", "cpu"))
+    if torch.cuda.is_available():
+        targets.append(("triton", "cuda"))
+    failed = 0
+    for backend, device in targets:
+        began, passed, wrong = time.perf_counter(), 0, 0
+        for name, problem in selftest.run_all(backend, device):
+            if problem is None:
+                passed += 1
+            else:
+                wrong += 1
+                print(f"FAILED  {backend} on {device}: {name}: {problem}")
+            if sys.stdout.isatty():
+                print(f"{backend} on {device}: {passed + wrong} checks", end="\r", flush=True)
+        print(f"{backend} on {device}: {passed} passed, {wrong} failed in {time.perf_counter() - began:.0f} s")
+        failed += wrong
+    if torch.cuda.is_available() and failed == 0:
+        info.record_pass()
+    elif not torch.cuda.is_available():
+        print("No GPU here: the Triton kernels were not run.")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    """Parse the command line and run the command."""
+    parser = argparse.ArgumentParser(prog="python -m packattn", description="Boundary-aware packed attention.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is installed, what is missing and what that costs")
+    commands.add_parser("selftest", help="every kernel against the oracle on this machine, in about a minute")
+    if parser.parse_args().command == "selftest":
+        return run_selftest()
+    print(info.report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
