@@ -1,0 +1,87 @@
+"""The attention function that packattn registers with transformers: renames, no arithmetic."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from packattn.attention import packed_attention
+from packattn.mask import PackedMask
+
+# What models pass to every attention function and what does not change the result here: the mask already holds
+# windows and causality, the positions are in q and k. Whatever is not listed might change it, and raises.
+HARMLESS = frozenset(
+    {
+        "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "logits_to_keep", "max_length_k",
+        "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
+        "position_ids", "return_dict", "sliding_window", "token_type_ids", "use_cache",
+    }
+)  # fmt: skip
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: PackedMask | Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer.
+
+    Args:
+        query: (rows, heads_q, n, head_dim). key: (rows, heads_k, n, head_dim). value: (rows, heads_k, n, head_dim_v).
+        attention_mask: the PackedMask of this forward, or a dense bool mask in a forward over a cache.
+
+    Returns:
+        (rows, n, heads_q, head_dim_v) and None.
+
+    Raises:
+        NotImplementedError: an argument that packattn does not honour.
+        RuntimeError: no mask came, so that nothing would isolate the sequences.
+    """
+    if others.pop("output_attentions", False):
+        raise NotImplementedError(
+            "output_attentions=True: packattn never forms the attention weights. Leave it out, or remove the patch."
+        )
+    unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
+    if unknown:
+        raise NotImplementedError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which packattn does not honour. "
+            "Train this model unpacked, without packattn.patch."
+        )
+    if isinstance(attention_mask, PackedMask):
+        rows, heads, n, _ = query.shape
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = packed_attention(
+            q, k, v, attention_mask, softmax_scale=scaling, softcap=softcap or 0.0, sinks=s_aux, dropout_p=dropout
+        )
+        return out.view(rows, n, heads, -1), None
+    if attention_mask is None:
+        raise RuntimeError(
+            f"{type(module).__name__} got no mask, so packed sequences would not be isolated: the model does not build "
+            "its mask by transformers' mask builders. Remove the patch, and train this model unpacked."
+        )
+    return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
+
+
+def _dense(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, dropout: float,
+    softcap: float | None, s_aux: Tensor | None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """A forward over a cache, which is never packing: transformers' own attention with its own dense mask."""
+    if softcap is None and s_aux is None:
+        out: Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
+        return out, None
+    # SDPA knows neither softcap nor sinks; the model's own eager function does, and takes an additive mask.
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    additive = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    options = {"softcap": softcap} if softcap is not None else {}
+    return eager(module, query, key, value, additive, scaling=scaling, dropout=dropout, **options)[0], None

@@ -1,0 +1,201 @@
+"""verify: measure on the user's own model whether packed sequences see each other, and whether packed equals alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from packattn.hf.patch import NAME, configs_of
+
+_LENGTHS = (7, 19, 1, 5, 13)
+# How models are called in the wild; transformers by itself isolates packed rows in the second way only.
+_STYLES: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "default call": lambda ids: {},
+    "use_cache=False": lambda ids: {"use_cache": False},
+    "all-ones attention_mask": lambda ids: {"attention_mask": torch.ones_like(ids)},
+}
+# Packed may differ from alone by this many times what one rounding of the embeddings makes in the model's output.
+_NOISE_FACTOR = 32
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` measured.
+
+    Attributes:
+        model: class of the model. patched: whether packattn isolates it.
+        leak: for each call style, the largest change of an output of one sequence when the tokens of another change.
+        gradient_leak: the largest gradient of one sequence's outputs at another's embeddings.
+        parity: largest differences of packed from alone (each sequence by itself, in transformers' eager attention):
+            outputs relative to the largest output, gradients of all parameters relative to their norm.
+        noise: the same differences when every embedding is changed by one rounding: what the dtype cannot tell apart.
+    """
+
+    model: str
+    patched: bool
+    lengths: tuple[int, ...]
+    leak: dict[str, float] = field(default_factory=dict)
+    gradient_leak: float = 0.0
+    parity: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def isolated(self) -> bool:
+        """No sequence sees another: every leak is exactly zero."""
+        return not any(self.leak.values()) and self.gradient_leak == 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Isolated, and packed equals alone to the rounding of the dtype."""
+        return self.isolated and all(self.parity[name] <= _NOISE_FACTOR * self.noise[name] for name in self.parity)
+
+    def __str__(self) -> str:
+        how = "patched by packattn" if self.patched else "plain transformers"
+        rows = [(f"leak, {style}", value, 0.0) for style, value in self.leak.items()]
+        rows.append(("leak of gradients", self.gradient_leak, 0.0))
+        rows += [(f"packed - alone, {n}", value, _NOISE_FACTOR * self.noise[n]) for n, value in self.parity.items()]
+        lines = [f"{self.model}, {how}, sequences of {', '.join(map(str, self.lengths))} tokens in one row"]
+        for name, value, allowed in rows:
+            verdict = "ok" if value <= allowed else "LEAKS" if allowed == 0 else "DIFFERS"
+            lines.append(f"  {name:<32} {value:>9.2e}   allowed {allowed:>8.1e}   {verdict}")
+        lines.append(f"  {'isolated and exact' if self.ok else 'NOT ISOLATED' if not self.isolated else 'NOT EXACT'}")
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module, *, lengths: Sequence[int] = _LENGTHS, start_position: int = 0, seed: int = 0
+) -> VerifyReport:
+    """Probe a model, patched or not, with one packed row of random tokens.
+
+    Each sequence in turn gets other tokens: the outputs of all others must stay bitwise the same, in every call style;
+    the gradient of each sequence's outputs at the embeddings of the others must be exactly zero; and outputs and
+    parameter gradients must be those of the sequences run alone, in transformers' own eager attention. The model is run
+    in eval mode; its mode, gradients and the random state are as before afterwards.
+
+    Args:
+        model: a transformers model that takes input_ids (or inputs_embeds) and position_ids.
+        lengths: of the sequences, at least two of them. start_position: first position (2 for the RoBERTa family).
+
+    Raises:
+        TypeError: no transformers model. ValueError: fewer than two sequences, or an empty one.
+    """
+    pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not pretrained:
+        raise TypeError(f"model must be or hold a transformers PreTrainedModel, got {type(model).__name__}.")
+    if len(lengths) < 2 or min(lengths) < 1:
+        raise ValueError(f"lengths must be two or more numbers of at least 1, got {tuple(lengths)}.")
+    embed = pretrained[0].get_input_embeddings()
+    device = embed.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = embed.weight.shape[0]
+    ids = torch.randint(vocabulary, (1, sum(lengths)), generator=generator).to(device)
+    other_ids = (ids + 1 + torch.randint(vocabulary - 1, ids.shape, generator=generator).to(device)) % vocabulary
+    position_ids = torch.cat([torch.arange(n) + start_position for n in lengths])[None].to(device)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    spans = [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
+    report = VerifyReport(
+        type(pretrained[0]).__name__, pretrained[0].config._attn_implementation == NAME, tuple(lengths)
+    )
+    # Embeddings are given in place of ids, so that gradients at them can be asked for.
+    x, other_x = embed(ids).detach(), embed(other_ids).detach()
+    with _undisturbed(model):
+        for style, extra in _STYLES.items():
+            report.leak[style] = _leak(model, x, other_x, position_ids, spans, extra(ids))
+        report.gradient_leak = _gradient_leak(model, x, position_ids, spans)
+        packed = _outputs_and_gradients(model, [x], [position_ids])
+        rows = [x[:, span] for span in spans], [position_ids[:, span] for span in spans]
+        with _eager(pretrained):
+            alone = _outputs_and_gradients(model, *rows)
+            eps = torch.finfo(x.dtype).eps
+            signs = torch.randint(2, x.shape, generator=generator).to(x) * 2 - 1
+            rounded = x * (1 + eps * signs)
+            moved = _outputs_and_gradients(model, [rounded[:, span] for span in spans], rows[1])
+        report.parity = _differences(packed, alone)
+        # A rounding may by chance cancel in a tiny model; one eps is what nobody can expect to beat.
+        report.noise = {name: max(value, eps) for name, value in _differences(moved, alone).items()}
+    return report
+
+
+def _output(model: nn.Module, x: Tensor, position_ids: Tensor, extra: dict[str, Any]) -> Tensor:
+    """Logits (or the last hidden state), (rows, n, channels)."""
+    result = model(inputs_embeds=x, position_ids=position_ids, **extra)
+    found: Tensor = result.logits if "logits" in result else result.last_hidden_state
+    return found
+
+
+@torch.no_grad()
+def _leak(
+    model: nn.Module, x: Tensor, other_x: Tensor, position_ids: Tensor, spans: list[slice], extra: dict[str, Any]
+) -> float:
+    before, worst = _output(model, x, position_ids, extra), 0.0
+    for span in spans:
+        changed = x.clone()
+        changed[:, span] = other_x[:, span]
+        moved = (_output(model, changed, position_ids, extra) - before).abs().amax((0, 2))
+        moved[span] = 0
+        worst = max(worst, moved.max().item())
+    return worst
+
+
+def _gradient_leak(model: nn.Module, x: Tensor, position_ids: Tensor, spans: list[slice]) -> float:
+    x = x.requires_grad_()
+    output, worst = _output(model, x, position_ids, {}), 0.0
+    for span in spans:
+        (gradient,) = torch.autograd.grad(output[:, span].float().square().sum(), x, retain_graph=True)
+        gradient[:, span] = 0
+        worst = max(worst, gradient.abs().max().item())
+    x.requires_grad_(False)
+    return worst
+
+
+def _outputs_and_gradients(model: nn.Module, xs: list[Tensor], positions: list[Tensor]) -> dict[str, list[Tensor]]:
+    """Outputs of all rows end to end, and the gradients of their mean square."""
+    outputs = torch.cat([_output(model, x, p, {}) for x, p in zip(xs, positions, strict=True)], 1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients: list[Tensor] = []
+    if parameters:
+        found = torch.autograd.grad(outputs.float().square().mean(), parameters, allow_unused=True)
+        gradients = [g for g in found if g is not None]
+    return {"outputs": [outputs.detach()], "parameter gradients": gradients}
+
+
+def _differences(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> dict[str, float]:
+    outputs = one["outputs"][0].float(), other["outputs"][0].float()
+    result = {"outputs": ((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()).item()}
+    pairs = list(zip(one["parameter gradients"], other["parameter gradients"], strict=True))
+    if pairs:
+        squares = sum((a.double() - b.double()).square().sum().item() for a, b in pairs)
+        norm = sum(b.double().square().sum().item() for _, b in pairs)
+        result["parameter gradients"] = (squares / norm) ** 0.5
+    return result
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, with gradients; the modes and the random state are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextmanager
+def _eager(pretrained: list[PreTrainedModel]) -> Iterator[None]:
+    """transformers' own eager attention; packattn's hooks stand aside while it is set."""
+    before = [(config, config._attn_implementation) for config in configs_of(pretrained)]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
