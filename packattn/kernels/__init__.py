@@ -1,0 +1,1 @@
+"""The Triton kernels; the only part of packattn that imports triton."""
