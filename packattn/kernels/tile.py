@@ -45,8 +45,10 @@ def capped_scores(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Products of queries and keys -> scores in base 2, and the derivative of the cap (1 without one)."""
     if HAS_SOFTCAP:
         t = tanh(products * (scale / softcap))
-        return t * (softcap * LOG2E), 1.0 - t * t
-    return products * (scale * LOG2E), 1.0
+        scores, slope = t * (softcap * LOG2E), 1.0 - t * t
+    else:
+        scores, slope = products * (scale * LOG2E), 1.0
+    return scores, slope
 
 
 @triton.jit
