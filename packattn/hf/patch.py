@@ -205,4 +205,3 @@ def _check(tokens: Tensor, position_ids: Any, attention_mask: Any, arguments: di
             f"{' and '.join(explicit)} came without position_ids, by which packattn finds the sequences. Pass "
             "position_ids that restart with every sequence (PackingCollator makes them)."
         )
-
