@@ -87,7 +87,8 @@ def test_the_compiled_kernels(seed, tmp_path):
     head = """
         #include "boundaries_kernel.cuh"
         using namespace packattn;
-        #define ROWS const void* p, const void* m, long prs, long ps, long mrs, long ms, long n, int tokens, int pb, int mb
+        #define ROWS const void* p, const void* m, long prs, long ps, long mrs, long ms, long n, int tokens, \\
+            int pb, int mb
         #define MAKE Rows{p, prs, ps, m, mrs, ms, n, tokens, pb, mb}
     """
     kernels = (ROOT / "csrc" / "boundaries_kernel.cuh").read_text()

@@ -26,7 +26,7 @@ ALLOWED = {
     "dropout": set(),
     "reference": {"mask", "dropout"},
     "blocked": {"dropout", "ops"},
-    "kernels": {"ops"},
+    "kernels": {"dropout"},
     "attention": {"ops", "mask", "schemas"},
     "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas"},
     "data": set(),

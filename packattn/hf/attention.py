@@ -14,9 +14,10 @@ from packattn.mask import PackedMask
 # windows and causality, the positions are in q and k. Whatever is not listed might change it, and raises.
 HARMLESS = frozenset(
     {
-        "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "logits_to_keep", "max_length_k",
-        "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
-        "position_ids", "return_dict", "sliding_window", "token_type_ids", "use_cache",
+        "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "logits_to_keep",
+        "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits",
+        "past_key_values", "position_embeddings", "position_ids", "return_dict", "sliding_window",
+        "token_type_ids", "use_cache",
     }
 )  # fmt: skip
 

@@ -42,9 +42,10 @@ def packed_mask(
     """
     if not is_carried(attention_mask):
         others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return masking_utils.sdpa_mask(
+        dense: Tensor = masking_utils.sdpa_mask(
             q_length=q_length, mask_function=mask_function, attention_mask=attention_mask, **others
         )
+        return dense
     assert attention_mask is not None
     position_ids, real = attention_mask.unbind(1)
     found = boundaries(position_ids, real)

@@ -187,8 +187,8 @@ def _check(tokens: Tensor, position_ids: Any, attention_mask: Any, arguments: di
             raise TypeError(f"{name} must be an integer tensor of shape (rows, n) = {(rows, n)}, got {got}.")
         if name == "position_ids" and value.ndim == 3:
             raise ValueError(
-                f"position_ids of shape {tuple(value.shape)} have several planes (M-RoPE), from which packattn does not "
-                "guess boundaries. Train this model unpacked, without packattn.patch."
+                f"position_ids of shape {tuple(value.shape)} have several planes (M-RoPE), from which packattn does "
+                "not guess boundaries. Train this model unpacked, without packattn.patch."
             )
         if name == "attention_mask" and value.ndim == 4:
             raise ValueError(

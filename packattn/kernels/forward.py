@@ -3,9 +3,9 @@
     s_ij = scale * q_i . k_j        p_ij = exp(s_ij - lse_i) for k_start_i <= j < k_end_i, else 0
     out_i = sum_j p_ij v_j          lse_i = log sum_j exp(s_ij)
 
-Grid: (token tiles, key heads). A program owns TILE_TOKENS = BLOCK_M // GROUP tokens with all GROUP query heads that
-read its key head: row r is token m0 + r // GROUP, head r % GROUP. So short sequences fill the tile, and K and V are read
-once for the group. Tiles lie over the packed stream and may straddle sequences; the spans say what to visit.
+Grid: (token tiles, key heads). A program owns TILE_TOKENS = BLOCK_M // GROUP tokens with all GROUP query heads
+that read its key head: row r is token m0 + r // GROUP, head r % GROUP. So short sequences fill the tile, and K and V
+are read once for the group. Tiles lie over the packed stream and may straddle sequences; the spans say what to visit.
 
 m_i  running maximum of a row's scores, base 2      l_i  running sum of exp2(s - m_i)
 acc  running sum of exp2(s - m_i) v                 n    first key of a block of BLOCK_N

@@ -47,7 +47,7 @@ LARGEST_HEAD_DIM = 256
 
 def block_dim(dim: int) -> int:
     """The power of two, at least 16, that holds a head dim."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def tile_for(kernel: str, dim: int, dtype: torch.dtype, small_memory: bool, group: int) -> Tile:

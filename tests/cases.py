@@ -1,2 +1,0 @@
-from packattn.selftest import *  # noqa
-from packattn.selftest import run_on, run

@@ -1,0 +1,166 @@
+"""Tiny random models of many families, with windows and chunks shorter than the sequences of the tests."""
+
+import torch
+import transformers
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+transformers.logging.set_verbosity_error()
+
+LENGTHS = [7, 19, 1, 13]
+VOCABULARY = 99
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = _COMMON | {"num_key_value_heads": 2, "head_dim": 16}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_GROUPED, sliding_window=5)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_GROUPED)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_GROUPED, sliding_window=5)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**_GROUPED, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(**_GROUPED, sliding_window=5, num_local_experts=4, num_experts_per_tok=2, rope_parameters=_ROPE)
+    ),
+    "llama4": lambda: Llama4ForCausalLM(
+        Llama4TextConfig(
+            **_GROUPED,
+            intermediate_size_mlp=96,
+            attention_chunk_size=6,
+            attn_temperature_tuning=False,
+            num_local_experts=2,
+        )
+    ),
+    "bert": lambda: BertForMaskedLM(BertConfig(**_COMMON)),
+    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**_COMMON | {"pad_token_id": 1})),
+    "modernbert": lambda: ModernBertForMaskedLM(
+        ModernBertConfig(**_COMMON, local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2)
+    ),
+}
+
+REFUSED = {
+    "t5": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+        ),
+        "attends across two sequences",
+    ),
+    "mamba": (
+        lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2)),
+        "layers that mix along the row without attention: Conv1d",
+    ),
+    "bamba": (
+        lambda: BambaForCausalLM(BambaConfig(**_GROUPED, mamba_n_heads=8, mamba_d_head=16)),
+        "layer types other than full, sliding and chunked attention: linear_attention",
+    ),
+    "gptj": (lambda: GPTJForCausalLM(GPTJConfig(**_GPT2, rotary_dim=8)), "computes attention itself"),
+    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)), "reshapes the attention_mask"),
+    "opt": (
+        lambda: OPTForCausalLM(
+            OPTConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=64,
+                ffn_dim=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                word_embed_proj_dim=64,
+            )
+        ),
+        "positions are derived from the attention_mask by OPTLearnedPositionalEmbedding",
+    ),
+    "llama4 with temperature tuning": (
+        lambda: Llama4ForCausalLM(
+            Llama4TextConfig(**_GROUPED, intermediate_size_mlp=96, attention_chunk_size=6, num_local_experts=2)
+        ),
+        "attn_temperature_tuning scales queries",
+    ),
+    "dynamic rope": (
+        lambda: LlamaForCausalLM(
+            LlamaConfig(**_GROUPED, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+        ),
+        "rotary embedding of type dynamic",
+    ),
+}
+
+
+def make(name):
+    """The model, with the same weights every time, in eval mode, in transformers' eager attention."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def start_position(name):
+    return 2 if name == "roberta" else 0
+
+
+def packed_row(name, lengths=LENGTHS, seed=0):
+    """input_ids, position_ids, labels of one packed row; no label of a first token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (1, sum(lengths)), generator=generator)
+    position_ids = torch.cat([torch.arange(n) + start_position(name) for n in lengths])[None]
+    labels = ids.masked_fill(position_ids == start_position(name), -100)
+    return {"input_ids": ids, "position_ids": position_ids, "labels": labels}
+
+
+def spans(lengths=LENGTHS):
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
+
+
+def alone(model, batch, lengths=LENGTHS):
+    """Logits of every sequence of a packed row run by itself through a plain model, end to end."""
+    rows = [
+        model(input_ids=batch["input_ids"][:, span], position_ids=batch["position_ids"][:, span]).logits
+        for span in spans(lengths)
+    ]
+    return torch.cat(rows, 1)
