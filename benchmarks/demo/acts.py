@@ -68,8 +68,8 @@ def acts(device: torch.device, scale: float) -> tuple[Act, Act]:
         model=assets.load_smollm2,
         texts=assets.tasks,
         longest=768,
-        examples=32,
-        held_out=32,
+        examples=24,
+        held_out=8,
         minibatch=8,
         capacity=2048,
         learning_rate=3e-5,
@@ -80,12 +80,12 @@ def acts(device: torch.device, scale: float) -> tuple[Act, Act]:
         model=partial(small_llama, hidden=256, layers=4),
         texts=partial(assets.functions, _VOCABULARY),
         longest=1024,
-        examples=960,
-        held_out=64,
+        examples=360,
+        held_out=32,
         minibatch=8,
         capacity=4096,
         learning_rate=2e-3,
-        evaluations=8,
+        evaluations=6,
     )
     if device.type == "cuda":
         finetune = replace(finetune, longest=2048, examples=1024, held_out=256, capacity=4096)

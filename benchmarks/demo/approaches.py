@@ -42,7 +42,7 @@ def minibatches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Examples packed beforehand into rows of at most `capacity` tokens, each into the first row it fits; a row a step."""
+    """Examples packed beforehand, each into the first row of at most `capacity` tokens that it fits; a row a step."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index, length in enumerate(lengths):

@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -58,9 +60,16 @@ class Run:
         return self.real_tokens / self.seconds
 
 
+def quiet() -> None:
+    """Leave the screen to the demo."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+
+
 def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
     """The function's result from a fresh process, so that its peak memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=quiet) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -82,7 +91,7 @@ def to(batch: Batch, device: torch.device) -> Batch:
     return {name: values.to(device) for name, values in batch.items()}
 
 
-def train(act: Act, approach: Approach, label: str) -> Run:
+def train(act: Act, approach: Approach) -> Run:
     """Train the act's model by the approach, one pass over the examples, measuring the held-out loss on the way."""
     device, dtype = device_and_precision()
     examples, held_out = act.data()
@@ -118,7 +127,7 @@ def train(act: Act, approach: Approach, label: str) -> Run:
         # Not counted: the first forward and backward of a process, which pay for compilers and allocators.
         warmup = plan[0] if device.type == "cuda" else plan[0][:1]
         loss_of(approach.collate([examples[index] for index in warmup])).backward()
-    with tqdm(total=sum(lengths), unit=" tokens", desc=f"{label:<46}", leave=False) as bar:
+    with tqdm(total=sum(lengths), unit=" tokens", desc=f"{approach.name:<32}", leave=False, disable=None) as bar:
         for part in _parts(plan, lengths, act.evaluations):
             model.train()
             with isolation(model, approach):
@@ -143,7 +152,7 @@ def _parts(plan: list[list[int]], lengths: Sequence[int], count: int) -> list[li
 
 @torch.no_grad()
 def held_out_loss(model: Any, examples: Examples, minibatch: int) -> float:
-    """Mean loss of a token of the examples, each seen alone: packed, in float32, whatever the model was trained with."""
+    """Mean loss of a token of the examples, each seen alone: packed, in float32, however the model was trained."""
     model.eval()
     total, tokens = 0.0, 0
     with packattn.patch(model):
