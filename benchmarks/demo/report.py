@@ -106,7 +106,15 @@ def draw_curves(path: Path, runs: Sequence[Run]) -> None:
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
         for run in runs:
             loss = [point.loss for point in run.curve]
-            options = {"color": _COLOUR[run.approach], "label": run.approach, "marker": "o", "markersize": 3}
+            # Online packing takes the steps of padding: drawn wide, padding shows under it.
+            width = 5 if run.approach == PADDING.name else 1.5
+            options = {
+                "color": _COLOUR[run.approach],
+                "label": run.approach,
+                "marker": "o",
+                "markersize": 3,
+                "lw": width,
+            }
             axes[0].plot([point.seconds for point in run.curve], loss, **options)
             axes[1].plot([point.tokens / 1e3 for point in run.curve], loss, **options)
         axes[0].set_xlabel("seconds of training")

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from hf_models import LENGTHS, MODELS, REFUSED, VOCABULARY, alone, make, packed_row, spans, start_position
+from tiny_models import LENGTHS, MODELS, REFUSED, VOCABULARY, alone, make, packed_row, spans, start_position
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import packattn
