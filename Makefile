@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 PIP := -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml packattn/schemas.py $(wildcard csrc/*)
 
@@ -33,6 +34,15 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+
+# The extension that was built for the newest torch serves the oldest: that is what the stable ABI promises.
+OLDEST_VERSIONS := "torch==2.10.0" "transformers==5.8.0" "numpy<2.4"
+OLDEST_TESTS := attention laws boundaries mask hf collator
+test-oldest: setup
+	@test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python $(PIP) $(OLDEST_VERSIONS) accelerate matplotlib pytest pytest-timeout
+	PYTHONPATH=. $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/test_%.py)
+	PYTHONPATH=. TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest tests/test_attention.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -99,7 +99,7 @@ REFUSED = {
     ),
     "bamba": (
         lambda: BambaForCausalLM(BambaConfig(**_GROUPED, mamba_n_heads=8, mamba_d_head=16)),
-        "layer types other than full, sliding and chunked attention: linear_attention",
+        "layer types other than full, sliding and chunked attention",
     ),
     "gptj": (lambda: GPTJForCausalLM(GPTJConfig(**_GPT2, rotary_dim=8)), "computes attention itself"),
     "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)), "reshapes the attention_mask"),

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,13 @@ def quiet() -> None:
 def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
     """The function's result from a fresh process, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=quiet) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise SystemExit(
+                f"the process of `{function.__name__}` was ended by the system, most likely for lack of memory: the "
+                "padded batches need the most, about 12 GB. Close other programs and run again."
+            ) from None
 
 
 def device_and_precision() -> tuple[torch.device, torch.dtype]:
@@ -79,6 +86,11 @@ def device_and_precision() -> tuple[torch.device, torch.dtype]:
         return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.device("cpu"), torch.bfloat16 if native else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Computing in `dtype` on the device; float32 as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def isolation(model: Any, approach: Approach) -> AbstractContextManager[Any]:
@@ -105,7 +117,7 @@ def train(act: Act, approach: Approach) -> Run:
     run.curve.append(Point(0.0, 0, held_out_loss(model, held_out, act.minibatch)))
 
     def loss_of(batch: Batch) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             return model(**to(batch, device)).loss
 
     def step(indices: Sequence[int]) -> None:
@@ -152,10 +164,10 @@ def _parts(plan: list[list[int]], lengths: Sequence[int], count: int) -> list[li
 
 @torch.no_grad()
 def held_out_loss(model: Any, examples: Examples, minibatch: int) -> float:
-    """Mean loss of a token of the examples, each seen alone: packed, in float32, however the model was trained."""
+    """Mean loss of a token of the examples, each seen alone: packed, however the model was trained."""
     model.eval()
     total, tokens = 0.0, 0
-    with packattn.patch(model):
+    with packattn.patch(model), autocast(*device_and_precision()):
         for indices in minibatches([len(ids) for ids in examples], minibatch):
             batch = to(pack([examples[index] for index in indices]), model.device)
             predicted = sum(len(examples[index]) - 1 for index in indices)

@@ -6,6 +6,7 @@ number of keys that they expect; here it is turned into spans.
 """
 
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -69,22 +70,38 @@ def packed_mask(
 
 
 def _parts(mask_function: Callable[..., Tensor]) -> list[tuple[str, int | None]]:
-    """The conjunction that transformers built, as (name, window or chunk size) pairs.
-
-    transformers composes closures: a conjunction holds its members, an overlay its size.
-    """
+    """The conjunction that transformers built, as (name, window or chunk size) pairs."""
     if mask_function is masking_utils.causal_mask_function:
         return [("causal", None)]
     if mask_function is masking_utils.bidirectional_mask_function:
         return [("bidirectional", None)]
-    maker = mask_function.__qualname__.partition(".")[0]
-    closure = dict(zip(mask_function.__code__.co_freevars, mask_function.__closure__ or (), strict=True))
-    if mask_function.__module__ != masking_utils.__name__:
-        return [(f"{mask_function.__module__}.{mask_function.__qualname__}", None)]
-    if maker == "and_masks":
-        return [part for member in closure["mask_functions"].cell_contents for part in _parts(member)]
-    if maker in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
-        return [(maker, closure["sliding_window"].cell_contents)]
-    if maker == "chunked_overlay":
-        return [(maker, closure["chunk_size"].cell_contents)]
-    return [(maker, None)]
+    code = mask_function.__code__
+    if code is _AND:
+        return [part for member in _cell(mask_function, "mask_functions") for part in _parts(member)]
+    if code is _WINDOW:
+        return [("sliding_window_overlay", _cell(mask_function, "sliding_window"))]
+    if code is _BIDIRECTIONAL_WINDOW:
+        return [("sliding_window_bidirectional_overlay", _cell(mask_function, "sliding_window"))]
+    if code is _CHUNK:
+        return [("chunked_overlay", _cell(mask_function, "chunk_size"))]
+    return [(f"{mask_function.__module__}.{mask_function.__qualname__}", None)]
+
+
+def _cell(function: Callable[..., Tensor], name: str) -> Any:
+    """A variable that a closure holds."""
+    cells = function.__closure__ or ()
+    return cells[function.__code__.co_freevars.index(name)].cell_contents
+
+
+def _closure_code(maker: Callable[..., Any]) -> CodeType:
+    """The code of the function that `maker` defines and returns: what its closures have in common."""
+    inner = [constant for constant in maker.__code__.co_consts if isinstance(constant, CodeType)]
+    (code,) = (code for code in inner if not code.co_name.startswith("<"))  # not a generator expression
+    return code
+
+
+# transformers composes its masks from closures of these functions.
+_AND = _closure_code(masking_utils.and_masks)
+_WINDOW = _closure_code(masking_utils.sliding_window_overlay)
+_BIDIRECTIONAL_WINDOW = _closure_code(masking_utils.sliding_window_bidirectional_overlay)
+_CHUNK = _closure_code(masking_utils.chunked_overlay)
