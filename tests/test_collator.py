@@ -93,9 +93,7 @@ def test_trainer_takes_it_and_its_loss_is_that_of_the_examples_alone(tmp_path):
     with torch.no_grad():
         logits = alone(model, batch)
         losses = [
-            torch.nn.functional.cross_entropy(
-                logits[0, span][:-1], batch["input_ids"][0, span][1:], reduction="sum"
-            )
+            torch.nn.functional.cross_entropy(logits[0, span][:-1], batch["input_ids"][0, span][1:], reduction="sum")
             for span in spans()
             if span.stop - span.start > 1
         ]

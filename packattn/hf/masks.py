@@ -89,8 +89,7 @@ def _parts(mask_function: Callable[..., Tensor]) -> list[tuple[str, int | None]]
 
 def _cell(function: Callable[..., Tensor], name: str) -> Any:
     """A variable that a closure holds."""
-    cells = function.__closure__ or ()
-    return cells[function.__code__.co_freevars.index(name)].cell_contents
+    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents  # type: ignore[index]
 
 
 def _closure_code(maker: Callable[..., Any]) -> CodeType:
