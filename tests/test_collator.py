@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import LENGTHS, VOCABULARY, alone, make, packed_row, spans
+from tiny_models import LENGTHS, alone, make, packed_row, spans
 
 import packattn
 from packattn import PackingCollator
@@ -110,4 +110,3 @@ def test_trainer_takes_it_and_its_loss_is_that_of_the_examples_alone(tmp_path):
     # Two micro-batches of an accumulated step, normalised by the tokens that the whole step predicts.
     assert logged == pytest.approx(expected.item(), abs=2e-4)
     assert not torch.equal(model.get_input_embeddings().weight, before)
-    assert VOCABULARY == model.config.vocab_size
