@@ -168,10 +168,10 @@ def _check(
             f"mask must be a packattn.PackedMask, got {type(mask).__name__}; make one with "
             "PackedMask.causal(packattn.boundaries(position_ids))."
         )
-    if (mask.tokens, mask.tokens_k) != (tokens, tokens_k):
-        raise ValueError(
-            f"mask must be of {tokens} queries and {tokens_k} keys, as q and k, got {mask.tokens} and {mask.tokens_k}."
-        )
+    # By its fields: older compilers do not trace the properties of a NamedTuple.
+    queries, keys = mask.k_start.shape[0], mask.q_start.shape[0]
+    if queries != tokens or keys != tokens_k:
+        raise ValueError(f"mask must be of {tokens} queries and {tokens_k} keys, as q and k, got {queries} and {keys}.")
     if mask.k_start.device != q.device:
         raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.k_start.device}.")
     if softcap < 0:
