@@ -1,0 +1,57 @@
+"""`python -m packattn`: what info says with and without a compiler, CUDA and a GPU; what the selftest remembers."""
+
+import sys
+
+import pytest
+import torch
+
+from packattn import __main__, info, ops, selftest
+
+
+def test_info_names_what_is_missing_and_what_it_costs(monkeypatch):
+    assert "packattn._C" in info.report()
+    monkeypatch.setattr(ops, "HAS_C", False)
+    monkeypatch.setattr(ops, "HAS_C_CUDA", False)
+    monkeypatch.setattr(info, "version_of", lambda name: None)
+    report = info.report()
+    assert "several times slower" in report
+    assert "install a C++ compiler" in report
+    assert "pip install triton" in report
+    assert "pip install packattn[hf]" in report
+
+
+def test_a_gpu_is_not_verified_until_the_selftest_has_passed(monkeypatch, tmp_path):
+    monkeypatch.setattr(info, "RECORD", tmp_path / "cache" / "selftest.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert "not verified on this GPU; run `python -m packattn selftest`" in info.report()
+
+    monkeypatch.setattr(selftest, "run_all", lambda backend, device: iter([("a case", "wrong by 1")]))
+    assert __main__.run_selftest() == 1
+    assert "not verified" in info.report()
+
+    monkeypatch.setattr(selftest, "run_all", lambda backend, device: iter([("a case", None)]))
+    assert __main__.run_selftest() == 0
+    assert "verified on 20" in info.report()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another GPU")
+    assert "not verified" in info.report()
+
+
+def test_selftest_reports_what_fails(monkeypatch, capsys):
+    monkeypatch.setattr(selftest, "CASES", selftest.CASES[:2])
+    monkeypatch.setattr(sys, "argv", ["packattn", "selftest"])
+    assert __main__.main() == 0
+    assert "torch on cpu: " in capsys.readouterr().out
+    monkeypatch.setattr(selftest, "check_isolation", lambda *_: 1 / 0)
+    problems = dict(selftest.run_all("torch", "cpu"))
+    assert problems["boundaries"] is None
+    assert "ZeroDivisionError" in problems["no leak, causal in torch.float32"]
+
+
+def test_a_launch_happens_on_the_device_of_its_tensors(monkeypatch):
+    pytest.importorskip("triton")
+    from packattn.kernels import launch
+
+    assert isinstance(launch._on(torch.device("cuda", 3)), torch.cuda.device)
+    assert launch._on(torch.device("cuda", 3)).idx == 3
