@@ -4,8 +4,9 @@ import threading
 
 import pytest
 import torch
-from tiny_models import LENGTHS, MODELS, REFUSED, VOCABULARY, alone, make, packed_row, spans, start_position
+from tiny_models import LENGTHS, MODELS, REFUSED, SMALL, VOCABULARY, alone, make, packed_row, spans, start_position
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PersimmonConfig, PersimmonForCausalLM
 
 import packattn
 from packattn import PackedMask, UnsupportedMaskError, UnsupportedModelError
@@ -224,13 +225,15 @@ def test_everything_is_restored(name):
     assert state(model) == before
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt_oss"])
-def test_generate_is_unchanged(name):
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt_oss", "llama4"])
+def test_generate_is_unchanged(name, cache):
     model = make(name)
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0  # left-padded
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    options |= {"cache_implementation": cache, "disable_compile": True}
     expected = model.generate(ids, **options)
     with packattn.patch(model):
         assert torch.equal(model.generate(ids, **options), expected)
@@ -263,6 +266,16 @@ BAD = [
     ({"attention_mask": IDS[:, :4]}, ValueError, r"attention_mask must have shape .* got \(2, 4\)"),
     ({"attention_mask": IDS.float()}, TypeError, "attention_mask must be an integer tensor"),
     ({"attention_mask": torch.ones(2, 1, 6, 6).bool()}, ValueError, "is dense, but a patched model makes its mask"),
+    (
+        {"attention_mask": torch.ones(2, 2, 6, dtype=torch.int32)},
+        ValueError,
+        r"attention_mask must have shape .* 2, 6\)",
+    ),
+    (
+        {"attention_mask": {"full_attention": IDS}},
+        ValueError,
+        "attention_mask is a dict of masks that were made before",
+    ),
     ({"cu_seq_lens_q": torch.tensor([0, 6, 12])}, ValueError, "cu_seq_lens_q came without position_ids"),
     ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]] * 2)}, RuntimeError, "attention_mask has a hole"),
     ({"output_attentions": True}, NotImplementedError, "output_attentions=True: packattn never forms"),
@@ -274,6 +287,19 @@ def test_law_10_bad_input_is_named(change, error, message):
     model = make("llama")
     with packattn.patch(model), pytest.raises(error, match=message):
         model(**{"input_ids": IDS} | change)
+
+
+@pytest.mark.parametrize("name", ["llama", "persimmon", "bert"])
+def test_law_10_attention_weights_are_refused_however_asked_for(name):
+    # Persimmon's layers keep the keyword from the attention function.
+    made = {"persimmon": lambda: PersimmonForCausalLM(PersimmonConfig(**SMALL)).eval()}
+    model = made[name]() if name in made else make(name)
+    with packattn.patch(model):
+        with pytest.raises(NotImplementedError, match="output_attentions=True"):
+            model(input_ids=IDS, output_attentions=True)
+        model.config._output_attentions = True
+        with pytest.raises(NotImplementedError, match="output_attentions=True"):
+            model(input_ids=IDS)
 
 
 def test_law_3_unknown_masks_and_arguments_are_refused():

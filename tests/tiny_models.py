@@ -7,9 +7,13 @@ from transformers import (
     BambaForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    EsmConfig,
+    EsmForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -25,6 +29,10 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MllamaForCausalLM,
+    MllamaTextConfig,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
     OPTConfig,
@@ -43,7 +51,7 @@ transformers.logging.set_verbosity_error()
 
 LENGTHS = [7, 19, 1, 13]
 VOCABULARY = 99
-_COMMON = {
+SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -54,7 +62,7 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GROUPED = _COMMON | {"num_key_value_heads": 2, "head_dim": 16}
+_GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 16}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
@@ -79,10 +87,10 @@ MODELS = {
             num_local_experts=2,
         )
     ),
-    "bert": lambda: BertForMaskedLM(BertConfig(**_COMMON)),
-    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**_COMMON | {"pad_token_id": 1})),
+    "bert": lambda: BertForMaskedLM(BertConfig(**SMALL)),
+    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SMALL | {"pad_token_id": 1})),
     "modernbert": lambda: ModernBertForMaskedLM(
-        ModernBertConfig(**_COMMON, local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2)
+        ModernBertConfig(**SMALL, local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2)
     ),
 }
 
@@ -114,7 +122,41 @@ REFUSED = {
                 word_embed_proj_dim=64,
             )
         ),
-        "positions are derived from the attention_mask by OPTLearnedPositionalEmbedding",
+        "positions depend on the attention_mask of the row in OPTLearnedPositionalEmbedding",
+    ),
+    "esm": (
+        lambda: EsmForMaskedLM(EsmConfig(**SMALL, mask_token_id=3)),
+        "embeddings or positions depend on the attention_mask of the row in EsmEmbeddings",
+    ),
+    "gemma3 with images": (
+        lambda: Gemma3ForConditionalGeneration(
+            Gemma3Config(
+                text_config=_GROUPED | {"sliding_window": 5},
+                vision_config={
+                    "hidden_size": 32,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                },
+            )
+        ),
+        "Gemma3Model builds the masks of the model inside it",
+    ),
+    "mobilebert": (
+        lambda: MobileBertForMaskedLM(
+            MobileBertConfig(
+                vocab_size=VOCABULARY,
+                num_hidden_layers=2,
+                hidden_size=64,
+                embedding_size=64,
+                intermediate_size=96,
+            )
+        ),
+        "trigram_input: the embedding of a token holds those of its neighbours",
+    ),
+    "mllama": (
+        lambda: MllamaForCausalLM(MllamaTextConfig(**SMALL, num_key_value_heads=2, cross_attention_layers=[1])),
+        "has cross-attention layers",
     ),
     "llama4 with temperature tuning": (
         lambda: Llama4ForCausalLM(

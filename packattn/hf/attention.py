@@ -15,9 +15,9 @@ from packattn.mask import PackedMask
 HARMLESS = frozenset(
     {
         "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "logits_to_keep",
-        "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits",
-        "past_key_values", "position_embeddings", "position_ids", "return_dict", "sliding_window",
-        "token_type_ids", "use_cache",
+        "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states",
+        "output_router_logits", "past_key_values", "position_embeddings", "position_ids", "return_dict",
+        "sliding_window", "token_type_ids", "use_cache",
     }
 )  # fmt: skip
 
@@ -48,10 +48,6 @@ def attention_forward(
         NotImplementedError: an argument that packattn does not honour.
         RuntimeError: no mask came, so that nothing would isolate the sequences.
     """
-    if others.pop("output_attentions", False):
-        raise NotImplementedError(
-            "output_attentions=True: packattn never forms the attention weights. Leave it out, or remove the patch."
-        )
     unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
     if unknown:
         raise NotImplementedError(

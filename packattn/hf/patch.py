@@ -17,7 +17,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from packattn.errors import UnsupportedModelError
 from packattn.hf.attention import attention_forward
-from packattn.hf.masks import carry, is_carried, packed_mask
+from packattn.hf.masks import carry, packed_mask
 from packattn.hf.refusals import refusals
 
 NAME = "packattn"
@@ -147,10 +147,12 @@ def _hook_for(builder: PreTrainedModel) -> Callable[..., tuple[tuple[Any, ...], 
         if module.config._attn_implementation != NAME:
             return None  # verify runs the model in transformers' own attention
         arguments = dict(zip(names, args, strict=False)) | kwargs
+        if arguments.get("output_attentions") or module.config.output_attentions:
+            raise NotImplementedError(
+                "output_attentions=True: packattn never forms the attention weights. Leave it out, or remove the patch."
+            )
         attention_mask = arguments.get("attention_mask")
-        if holds_tokens(arguments.get("past_key_values")) or isinstance(attention_mask, dict):
-            return None
-        if is_carried(attention_mask):
+        if holds_tokens(arguments.get("past_key_values")):
             return None
         tokens = arguments.get("input_ids")
         if tokens is None:
@@ -179,6 +181,11 @@ def _check(tokens: Tensor, position_ids: Any, attention_mask: Any, arguments: di
     rows, n = tokens.shape[:2]
     if rows == 0 or n == 0:
         raise ValueError(f"input_ids must hold at least one row of at least one token, got shape {(rows, n)}.")
+    if isinstance(attention_mask, dict):
+        raise ValueError(
+            "attention_mask is a dict of masks that were made before packattn saw position_ids. Pass a 2-D "
+            "attention_mask or none; if the model itself made it, train this model unpacked, without packattn.patch."
+        )
     for name, value in (("position_ids", position_ids), ("attention_mask", attention_mask)):
         if value is None:
             continue

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 # Layers that mix along the row without attention.
 _MIXERS = re.compile(
     r"[Mm]amba|SSM|Ssm|[Rr]wkv|RWKV|[msx]LSTM|DeltaNet|LinearAttention|LightningAttention|Recurrent|ShortConv|"
-    r"Conv1d|^LSTM$|^GRU$|^RNN$|Retention|Hyena|TokenShift|Fourier"
+    r"Conv1d|^LSTM$|^GRU$|^RNN$|Retention|Hyena|TokenShift|Fourier|N[Gg]ram"
 )
 # Attention to keys that an indexer or a learned mask selects by what the whole row holds.
 _SPARSE = {
@@ -27,6 +27,10 @@ def refusals(
     reasons: list[str] = []
     for module in pretrained:
         reasons += _of_config(module)
+    for module in pretrained:
+        inside = {id(inner) for inner in module.modules() if inner is not module}
+        if _forward_builds_masks(module) and any(id(builder) in inside for _, builder in builders):
+            reasons.append(f"{type(module).__name__} builds the masks of the model inside it, out of packattn's reach")
     if len(builders) > 1:
         listed = ", ".join(name or type(builder).__name__ for name, builder in builders)
         reasons.append(f"several parts build masks ({listed}), and position_ids describe only one of them")
@@ -41,9 +45,9 @@ def refusals(
     mixers = sorted({type(m).__name__ for m in model.modules() if _mixes_along_the_row(m)})
     if mixers:
         reasons.append(f"layers that mix along the row without attention: {', '.join(mixers)}")
-    by_mask = sorted({type(m).__name__ for m in model.modules() if _positions_from_mask(m)})
+    by_mask = sorted({type(m).__name__ for m in model.modules() if _embeds_by_mask(m)})
     if by_mask:
-        reasons.append(f"positions are derived from the attention_mask by {', '.join(by_mask)}")
+        reasons.append(f"embeddings or positions depend on the attention_mask of the row in {', '.join(by_mask)}")
     return list(dict.fromkeys(reasons))
 
 
@@ -52,6 +56,10 @@ def _of_config(module: PreTrainedModel) -> list[str]:
     name = type(module).__name__
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         reasons.append(f"{name} attends across two sequences (encoder-decoder or cross-attention)")
+    if getattr(config, "cross_attention_layers", None):
+        reasons.append(f"{name} has cross-attention layers, whose keys are no part of the packed row")
+    if getattr(config, "trigram_input", False):
+        reasons.append("trigram_input: the embedding of a token holds those of its neighbours in the row")
     if not module._can_set_attn_implementation() or not module._supports_attention_backend:
         reasons.append(f"{name} computes attention itself instead of calling transformers' attention interface")
     if config.model_type in _SPARSE:
@@ -80,9 +88,16 @@ def _imports_mask_builders(builder: PreTrainedModel) -> bool:
     return any(re.fullmatch(r"create_\w*masks?\w*", name) for name in names)
 
 
+def _forward_builds_masks(module: PreTrainedModel) -> bool:
+    return bool(re.search(r"= create_\w*masks?\w*\(", inspect.getsource(type(module).forward)))
+
+
 def _mixes_along_the_row(module: nn.Module) -> bool:
     return not isinstance(module, PreTrainedModel) and bool(_MIXERS.search(type(module).__name__))
 
 
-def _positions_from_mask(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) and "attention_mask" in inspect.signature(module.forward).parameters
+def _embeds_by_mask(module: nn.Module) -> bool:
+    return (
+        bool(re.search(r"Embeddings?$", type(module).__name__))
+        and "attention_mask" in inspect.signature(module.forward).parameters
+    )
