@@ -125,6 +125,7 @@ const float* floats(const std::optional<Tensor>& x, int64_t numel, const char* n
 template <class T>
 Problem<T> problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_start, const Tensor& k_end,
                       const Tensor& q_start, const Tensor& q_end, const std::optional<Tensor>& sinks,
+                      const std::optional<Tensor>& slopes, const std::optional<Tensor>& anchors,
                       const std::optional<Tensor>& seed, double scale, double softcap, double dropout_p) {
   check(q, "q", q.scalar_type());
   check(k, "k", q.scalar_type());
@@ -139,6 +140,13 @@ Problem<T> problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const T
   problem.k_start = span(k_start, problem.tokens, "k_start"), problem.k_end = span(k_end, problem.tokens, "k_end");
   problem.q_start = span(q_start, problem.tokens_k, "q_start"), problem.q_end = span(q_end, problem.tokens_k, "q_end");
   problem.sinks = floats(sinks, problem.heads_q, "sinks");
+  if (slopes.has_value()) {
+    STD_TORCH_CHECK(slopes->dim() == 2 && slopes->size(0) == problem.heads_q && slopes->size(1) == problem.tokens &&
+                        slopes->scalar_type() == ScalarType::Float && anchors.has_value(),
+                    "alibi_slopes must be float32 (heads_q, tokens) and come with anchors");
+    problem.slopes = {static_cast<const float*>(slopes->const_data_ptr()), slopes->stride(1), slopes->stride(0)};
+    problem.anchors = span(*anchors, problem.tokens, "anchors");
+  }
   problem.scale = static_cast<float>(scale), problem.softcap = static_cast<float>(softcap);
   problem.keep_scale = static_cast<float>(1 / (1 - dropout_p));
   if (seed.has_value()) {
@@ -165,11 +173,13 @@ auto by_dtype(const Tensor& q, F function) {
 
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_start,
                                        const Tensor& k_end, const Tensor& q_start, const Tensor& q_end,
-                                       const std::optional<Tensor>& sinks, const std::optional<Tensor>& seed,
-                                       double scale, double softcap, double dropout_p) {
+                                       const std::optional<Tensor>&, const std::optional<Tensor>& sinks,
+                                       const std::optional<Tensor>& slopes, const std::optional<Tensor>& anchors,
+                                       const std::optional<Tensor>& seed, double scale, double softcap, double dropout_p) {
   return by_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    auto problem = problem_of<T>(q, k, v, k_start, k_end, q_start, q_end, sinks, seed, scale, softcap, dropout_p);
+    auto problem = problem_of<T>(q, k, v, k_start, k_end, q_start, q_end, sinks, slopes, anchors, seed, scale, softcap,
+                                 dropout_p);
     Tensor out = torch::stable::new_empty(q, {problem.tokens, problem.heads_q, problem.head_dim_v});
     Tensor lse = torch::stable::new_empty(q, {problem.heads_q, problem.tokens}, ScalarType::Float);
     problem.out_w = output<T>(out);
@@ -182,11 +192,13 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const Tensor& k_start, const Tensor& k_end, const Tensor& q_start,
-    const Tensor& q_end, const std::optional<Tensor>& sinks, const std::optional<Tensor>& seed, double scale,
-    double softcap, double dropout_p) {
+    const Tensor& q_end, const std::optional<Tensor>&, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& slopes, const std::optional<Tensor>& anchors, const std::optional<Tensor>& seed,
+    double scale, double softcap, double dropout_p) {
   return by_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    auto problem = problem_of<T>(q, k, v, k_start, k_end, q_start, q_end, sinks, seed, scale, softcap, dropout_p);
+    auto problem = problem_of<T>(q, k, v, k_start, k_end, q_start, q_end, sinks, slopes, anchors, seed, scale, softcap,
+                                 dropout_p);
     check(dout, "dout", q.scalar_type());
     check(out, "out", q.scalar_type());
     const int64_t rows = problem.heads_q * problem.tokens;

@@ -1,6 +1,6 @@
 // Packed attention on the CPU: the problem as the kernels see it.
 //
-//   s_ij = scale * q_i . k_j, capped; p_ij = exp(s_ij - lse_i) where k_start_i <= j < k_end_i; out_i = sum_j p_ij v_j
+//   s_ij = scale * q_i . k_j, capped, biased; p_ij = exp(s_ij - lse_i) where k_start_i <= j < k_end_i; out_i = sum_j p_ij v_j
 //   ds_ij = p_ij * (dout_i . v_j - delta_i); dq_i = scale * sum_j ds_ij k_j; dk_j, dv_j likewise over i
 //
 // Names: a row panel is a tile of queries (times the heads of a group) or keys, taken in strips of a few rows; a column
@@ -48,11 +48,16 @@ struct Problem {
   float* delta = nullptr;                             // likewise: out . dout - dlse
   const int32_t *k_start, *k_end, *q_start, *q_end;   // spans
   const float* sinks = nullptr;                       // (heads_q,) or null
+  View<const float> slopes;                           // ALiBi: (tokens, heads_q), any strides; data may be null
+  const int32_t* anchors = nullptr;                   // ALiBi: the key at which each query stands
   float scale, softcap, keep_scale;                   // keep_scale = 1 / (1 - dropout_p)
   bool dropout = false;
   uint32_t key0 = 0, key1 = 0, threshold = 0;         // Philox key; words below threshold are dropped
 
   int64_t group() const { return heads_q / heads_k; }
+  float bias(int64_t query, int64_t key, int64_t head) const {
+    return -*slopes.at(query, head) * static_cast<float>(std::abs(anchors[query] - key));
+  }
 };
 
 // One tile of rows of one key head: the unit of work of every pass.

@@ -124,9 +124,9 @@ struct Strip {
     }
   }
 
-  // s = scale * a . b, capped, -inf outside the spans.
-  template <class T>
-  void scores(const Problem<T>& problem, const float* a, int64_t lda, const Panel& other, int64_t dim) {
+  // s = scale * a . b, capped, plus bias(row, column), -inf outside the spans.
+  template <class T, class Bias>
+  void scores(const Problem<T>& problem, const float* a, int64_t lda, const Panel& other, int64_t dim, Bias bias) {
     gemm<false>(a, lda, other.columns.data(), kColumns, s, kColumns, lo, hi, dim);
     for (int r = 0; r < kStrip; ++r)
       for (int64_t n = lo; n < hi; ++n) s[r * kColumns + n] *= problem.scale;
@@ -136,6 +136,9 @@ struct Strip {
           float& x = s[r * kColumns + n];
           x = problem.softcap * std::tanh(x / problem.softcap);
         }
+    if (problem.anchors != nullptr)
+      for (int r = 0; r < kStrip; ++r)
+        for (int64_t n = from[r]; n < to[r]; ++n) s[r * kColumns + n] += bias(r, n);
     fill_outside(s, -kInfinity);
   }
 };
@@ -190,7 +193,10 @@ void forward(const Problem<T>& problem, const Unit* units, int64_t count) {
       v.load(problem.v, c0, c1, unit->head_k, 1, dim_v, false);
       for (int64_t row = 0; row < rows; row += kStrip) {
         if (!strip.spans(problem.k_start, problem.k_end, unit->begin, row, rows, group, c0, c1)) continue;
-        strip.scores(problem, &q.rows[row * q.ld], q.ld, k, dim);
+        const auto bias = [&](int64_t r, int64_t n) {
+          return problem.bias(unit->begin + (row + r) / group, c0 + n, head + (row + r) % group);
+        };
+        strip.scores(problem, &q.rows[row * q.ld], q.ld, k, dim, bias);
         const int64_t inside = std::min<int64_t>(kStrip, rows - row);
         for (int64_t r = 0; r < kStrip; ++r) {
           float* s = strip.s + r * kColumns + strip.lo;
@@ -229,14 +235,18 @@ void forward(const Problem<T>& problem, const Unit* units, int64_t count) {
 }
 
 // s becomes p and ds the gradient of the scores before the scale, where the strip's rows and columns see each other.
-// at(r, n) gives the statistics of the query of that pair: lse, delta, and the factor of dropout.
-template <class T, class At>
-inline void score_gradients(const Problem<T>& problem, Strip& strip, At at) {
+// at(r, n) gives the statistics of the query of that pair: lse, delta, and the factor of dropout; bias(r, n) its bias.
+template <class T, class At, class Bias>
+inline void score_gradients(const Problem<T>& problem, Strip& strip, At at, Bias bias) {
   for (int r = 0; r < kStrip; ++r) {
     float *s = strip.s + r * kColumns, *ds = strip.ds + r * kColumns;
     for (int64_t n = strip.from[r]; n < strip.to[r]; ++n) {
       const auto [shift, delta, factor] = at(r, n);
-      const float slope = problem.softcap > 0 ? 1 - (s[n] / problem.softcap) * (s[n] / problem.softcap) : 1.0f;
+      float slope = 1.0f;
+      if (problem.softcap > 0) {
+        const float t = (s[n] - (problem.anchors != nullptr ? bias(r, n) : 0.0f)) / problem.softcap;
+        slope = 1 - t * t;
+      }
       ds[n] = (ds[n] * factor - delta) * slope * problem.scale;
       s[n] -= shift;
     }
@@ -277,14 +287,17 @@ void backward_q(const Problem<T>& problem, const Unit* units, int64_t count) {
       v.load(problem.v, c0, c1, unit->head_k, 1, dim_v, true);
       for (int64_t row = 0; row < rows; row += kStrip) {
         if (!strip.spans(problem.k_start, problem.k_end, unit->begin, row, rows, group, c0, c1)) continue;
-        strip.scores(problem, &q.rows[row * q.ld], q.ld, k, dim);
+        const auto bias = [&](int64_t r, int64_t n) {
+          return problem.bias(unit->begin + (row + r) / group, c0 + n, head + (row + r) % group);
+        };
+        strip.scores(problem, &q.rows[row * q.ld], q.ld, k, dim, bias);
         gemm<false>(&dout.rows[row * dout.ld], dout.ld, v.columns.data(), kColumns, strip.ds, kColumns, strip.lo,
                     strip.hi, dim_v);
         score_gradients(problem, strip, [&](int64_t r, int64_t n) {
           const int64_t token = unit->begin + (row + r) / group, h = head + (row + r) % group;
           const float factor = problem.dropout ? kept(problem, token, c0 + n, h) : 1.0f;
           return std::tuple(problem.lse[h * problem.tokens + token], problem.delta[h * problem.tokens + token], factor);
-        });
+        }, bias);
         gemm<true>(strip.ds + strip.lo, kColumns, &k.rows[strip.lo * k.ld], k.ld, &acc[row * ld], ld, 0, ld,
                    std::min(strip.hi, c1 - c0) - strip.lo);
       }
@@ -316,13 +329,14 @@ void backward_kv(const Problem<T>& problem, const Unit* units, int64_t count) {
         dout.load(problem.dout, c0, c1, h, 1, dim_v, true);
         for (int64_t row = 0; row < rows; row += kStrip) {
           if (!strip.spans(problem.q_start, problem.q_end, unit->begin, row, rows, 1, c0, c1)) continue;
-          strip.scores(problem, &k.rows[row * k.ld], k.ld, q, dim);
+          const auto bias = [&](int64_t r, int64_t n) { return problem.bias(c0 + n, unit->begin + row + r, h); };
+          strip.scores(problem, &k.rows[row * k.ld], k.ld, q, dim, bias);
           gemm<false>(&v.rows[row * v.ld], v.ld, dout.columns.data(), kColumns, strip.ds, kColumns, strip.lo, strip.hi,
                       dim_v);
           score_gradients(problem, strip, [&](int64_t r, int64_t n) {
             const float factor = problem.dropout ? kept(problem, c0 + n, unit->begin + row + r, h) : 1.0f;
             return std::tuple(lse[c0 + n], delta[c0 + n], factor);
-          });
+          }, bias);
           const int64_t depth = std::min(strip.hi, c1 - c0) - strip.lo;
           gemm<true>(strip.s + strip.lo, kColumns, &dout.rows[strip.lo * dout.ld], dout.ld, &dv[row * ld_v], ld_v, 0,
                      ld_v, depth);

@@ -2,10 +2,11 @@
 
 __version__ = "0.1.0"
 
-from packattn.attention import PackedAttention, packed_attention, packed_attention_with_lse
+from packattn.attention import PackedAttention, packed_attention, packed_attention_with_lse, schedule
 from packattn.boundaries import Boundaries, boundaries, cu_seqlens_from_position_ids
 from packattn.errors import UnsupportedMaskError, UnsupportedModelError
 from packattn.mask import PackedMask
+from packattn.varlen import flash_attn_varlen_func
 
 # Loaded at first use, so that importing packattn imports neither transformers nor triton.
 _LAZY = {"patch": "packattn.hf", "Patch": "packattn.hf", "verify": "packattn.hf", "PackingCollator": "packattn.data"}
@@ -20,9 +21,11 @@ __all__ = [
     "UnsupportedModelError",
     "boundaries",
     "cu_seqlens_from_position_ids",
+    "flash_attn_varlen_func",
     "packed_attention",
     "packed_attention_with_lse",
     "patch",
+    "schedule",
     "verify",
 ]
 

@@ -22,23 +22,41 @@ def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     return "torch"
 
 
+def schedule(
+    mask: PackedMask, *, heads_q: int, heads_k: int, head_dim: int, head_dim_v: int | None = None, dtype: torch.dtype
+) -> PackedMask:
+    """The mask with the order in which GPU kernels launch their tiles, those with the most keys first.
+
+    Hardware starts programs in order, so that the last to run are then short. Made on the device, once for a mask that
+    many layers of one shape share; results are the same with and without it. Other backends need none: the mask comes
+    back as it is.
+    """
+    if default_backend(mask.k_start.device, dtype) != "triton":
+        return mask
+    from packattn.kernels.launch import launch_order
+
+    return mask._replace(order=launch_order(*mask[:4], heads_q, heads_k, head_dim, head_dim_v or head_dim, dtype))
+
+
 class PackedAttention(torch.autograd.Function):
     """Packed attention as an autograd Function; `packed_attention` checks the arguments and calls it.
 
-    apply(q, k, v, k_start, k_end, q_start, q_end, sinks, seed, softmax_scale, softcap, dropout_p, backend)
+    apply(q, k, v, k_start, k_end, q_start, q_end, order, sinks, alibi_slopes, anchors, seed, softmax_scale, softcap,
+    dropout_p, backend)
     returns (out, lse); gradients flow to q, k, v and sinks, from both results.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor,
-        sinks: Tensor | None, seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float,
-        backend: Backend,
+        order: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None, anchors: Tensor | None,
+        seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float, backend: Backend,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        spans, options = (k_start, k_end, q_start, q_end), (softmax_scale, softcap, dropout_p)
+        spans, options = (k_start, k_end, q_start, q_end, order), (softmax_scale, softcap, dropout_p)
         run = getattr(torch.ops.packattn, f"attention_forward_{backend}").default
-        out, lse = run(q, k, v, *spans, sinks, seed, *options)
-        ctx.save_for_backward(q, k, v, out, lse, *spans, sinks, seed)
+        tensors = (*spans, sinks, alibi_slopes, anchors, seed)
+        out, lse = run(q, k, v, *tensors, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         return out, lse
@@ -46,11 +64,12 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
-        out, sinks = saved[3], saved[9]
+        out, sinks = saved[3], saved[10]
         dout = torch.zeros_like(out) if dout is None else _last_dim_contiguous(dout)
         run = getattr(torch.ops.packattn, f"attention_backward_{ctx.backend}").default
         dq, dk, dv, dsinks = run(dout, dlse, *saved, *ctx.options)
-        return dq, dk, dv, None, None, None, None, None if sinks is None else dsinks, None, None, None, None, None
+        spans, others = (None,) * 5, (None,) * 7
+        return dq, dk, dv, *spans, None if sinks is None else dsinks, *others
 
 
 def packed_attention(
@@ -62,6 +81,8 @@ def packed_attention(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    alibi_anchors: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -80,6 +101,9 @@ def packed_attention(
         softmax_scale: factor of the scores; head_dim ** -0.5 if None.
         softcap: if positive, scores become `softcap * tanh(scores / softcap)`.
         sinks: (heads_q,), floating: one logit per head that takes part in the softmax and has no value.
+        alibi_slopes: (heads_q,) or (heads_q, tokens), floating, no gradient: the score of query i and key j gets the bias
+            `-slope * |anchor_i - j|` (Press et al. 2022, arXiv 2108.12409), after softcap.
+        alibi_anchors: int32 (tokens,): the key at which each query stands, by default its own index.
         dropout_p: probability of dropping a softmax probability; the kept ones are scaled by 1 / (1 - dropout_p).
         backend: "triton", "cpu" or "torch"; None takes the one of the device (see `python -m packattn info`).
 
@@ -92,8 +116,9 @@ def packed_attention(
         NotImplementedError: what the backend cannot run, with every reason.
     """
     return packed_attention_with_lse(
-        q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p, backend=backend
-    )[0]
+        q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
+        alibi_anchors=alibi_anchors, dropout_p=dropout_p, backend=backend,
+    )[0]  # fmt: skip
 
 
 def packed_attention_with_lse(
@@ -105,6 +130,8 @@ def packed_attention_with_lse(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    alibi_anchors: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +143,8 @@ def packed_attention_with_lse(
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype.is_floating_point and x.dtype != torch.float64 else x for x in (q, k, v))
-    _check(q, k, v, mask, softcap, sinks, dropout_p)
+    _check(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p)
+    slopes, anchors = _bias(q, alibi_slopes, alibi_anchors)
     if backend is None:
         backend = default_backend(q.device, q.dtype)
     _check_backend(backend, q)
@@ -127,7 +155,8 @@ def packed_attention_with_lse(
         sinks = sinks.to(ops.lse_dtype(q))
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     q, k, v = (_last_dim_contiguous(x) for x in (q, k, v))
-    out, lse = PackedAttention.apply(q, k, v, *mask, sinks, seed, scale, float(softcap), float(dropout_p), backend)
+    options = (scale, float(softcap), float(dropout_p), backend)
+    out, lse = PackedAttention.apply(q, k, v, *mask, sinks, slopes, anchors, seed, *options)
     return out, lse
 
 
@@ -136,8 +165,9 @@ def _last_dim_contiguous(x: Tensor) -> Tensor:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, softcap: float, sinks: Tensor | None, dropout_p: float
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, softmax_scale: float | None, softcap: float,
+    sinks: Tensor | None, dropout_p: float,
+) -> None:  # fmt: skip
     for name, x, shape in (
         ("q", q, "(tokens, heads_q, head_dim)"),
         ("k", k, "(tokens_k, heads_k, head_dim)"),
@@ -174,6 +204,8 @@ def _check(
         raise ValueError(f"mask must be of {tokens} queries and {tokens_k} keys, as q and k, got {queries} and {keys}.")
     if mask.k_start.device != q.device:
         raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.k_start.device}.")
+    if softmax_scale is not None and not softmax_scale > 0:
+        raise ValueError(f"softmax_scale must be positive, or None for head_dim ** -0.5, got {softmax_scale}.")
     if softcap < 0:
         raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}.")
     if not 0 <= dropout_p < 1:
@@ -190,6 +222,31 @@ def _check(
             else type(sinks).__name__
         )
         raise ValueError(f"sinks must be a floating-point tensor of shape ({heads_q},) on {q.device}, got {what}.")
+
+
+def _bias(q: Tensor, alibi_slopes: Tensor | None, alibi_anchors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Slopes (heads_q, tokens) without a copy and anchors, as the operators take them."""
+    tokens, heads, _ = q.shape
+    if alibi_slopes is None:
+        if alibi_anchors is not None:
+            raise ValueError("alibi_anchors must come with alibi_slopes, got alibi_slopes=None.")
+        return None, None
+    if alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes must not require a gradient, which packed_attention does not give; detach it.")
+    if alibi_slopes.shape not in ((heads,), (heads, tokens)) or alibi_slopes.device != q.device:
+        raise ValueError(
+            f"alibi_slopes must have shape ({heads},) or ({heads}, {tokens}) on {q.device}, got "
+            f"{tuple(alibi_slopes.shape)} on {alibi_slopes.device}."
+        )
+    slopes = alibi_slopes.to(ops.lse_dtype(q)).reshape(heads, -1).expand(heads, tokens)
+    if alibi_anchors is None:
+        return slopes, torch.arange(tokens, dtype=torch.int32, device=q.device)
+    if alibi_anchors.shape != (tokens,) or alibi_anchors.dtype != torch.int32 or alibi_anchors.device != q.device:
+        raise ValueError(
+            f"alibi_anchors must be int32 of shape ({tokens},) on {q.device}, got {alibi_anchors.dtype} "
+            f"{tuple(alibi_anchors.shape)} on {alibi_anchors.device}."
+        )
+    return slopes, alibi_anchors.contiguous()
 
 
 def _check_backend(backend: str, q: Tensor) -> None:

@@ -35,7 +35,7 @@ class _Scores:
 
     def __init__(
         self, q: Tensor, k: Tensor, k_start: Tensor, k_end: Tensor, rows: slice, keys: slice, softmax_scale: float,
-        softcap: float, seed: Tensor | None, dropout_p: float,
+        softcap: float, alibi_slopes: Tensor | None, anchors: Tensor | None, seed: Tensor | None, dropout_p: float,
     ) -> None:  # fmt: skip
         dtype = lse_dtype(q)
         tokens, heads, _ = q[rows].shape
@@ -49,6 +49,8 @@ class _Scores:
             capped = torch.tanh(raw / softcap)
             raw, self.slope = capped * softcap, 1 - capped * capped
         key = torch.arange(keys.start, keys.stop, device=q.device)
+        if alibi_slopes is not None and anchors is not None:
+            raw = raw - alibi_slopes[:, rows, None].to(dtype) * (anchors[rows, None] - key).abs()
         visible = (k_start[rows, None] <= key) & (key < k_end[rows, None])
         self.scores = raw.masked_fill(~visible, float("-inf"))
         self.kept: Tensor | float = 1.0
@@ -88,14 +90,16 @@ def _tokens_first(x: Tensor, rows: slice) -> Tensor:
 @_without_autocast
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor,
-    sinks: Tensor | None, seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float,
+    order: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None, anchors: Tensor | None,
+    seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator `attention_forward_torch`; arguments as in `packattn.schemas`."""
     dtype = lse_dtype(q)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=dtype)
+    bias_and_seed = (alibi_slopes, anchors, seed)
     for rows, keys in _blocks(k_start, k_end, k.shape[0]):
-        block = _Scores(q, k, k_start, k_end, rows, keys, softmax_scale, softcap, seed, dropout_p)
+        block = _Scores(q, k, k_start, k_end, rows, keys, softmax_scale, softcap, *bias_and_seed, dropout_p)
         lse[:, rows] = block.scores.logsumexp(-1)
         if sinks is not None:
             lse[:, rows] = torch.logaddexp(lse[:, rows], sinks.to(dtype)[:, None])
@@ -107,8 +111,9 @@ def forward(
 @_without_autocast
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, k_start: Tensor,
-    k_end: Tensor, q_start: Tensor, q_end: Tensor, sinks: Tensor | None, seed: Tensor | None, softmax_scale: float,
-    softcap: float, dropout_p: float,
+    k_end: Tensor, q_start: Tensor, q_end: Tensor, order: Tensor | None, sinks: Tensor | None,
+    alibi_slopes: Tensor | None, anchors: Tensor | None, seed: Tensor | None, softmax_scale: float, softcap: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator `attention_backward_torch`; arguments as in `packattn.schemas`."""
     dtype, heads_k = lse_dtype(q), k.shape[1]
@@ -117,8 +122,9 @@ def backward(
     delta = torch.einsum("ihd,ihd->hi", out.to(dtype), dout.to(dtype))
     if dlse is not None:
         delta = delta - dlse
+    bias_and_seed = (alibi_slopes, anchors, seed)
     for rows, keys in _blocks(k_start, k_end, k.shape[0]):
-        block = _Scores(q, k, k_start, k_end, rows, keys, softmax_scale, softcap, seed, dropout_p)
+        block = _Scores(q, k, k_start, k_end, rows, keys, softmax_scale, softcap, *bias_and_seed, dropout_p)
         p = block.probabilities(lse[:, rows])
         do = block.rows_by_head(dout[rows].to(dtype), heads_k)
         dp = (do @ v[keys].to(dtype).permute(1, 2, 0)).view_as(p) * block.kept

@@ -24,12 +24,14 @@ class PackedMask(NamedTuple):
     Attributes:
         k_start, k_end: int32 (tokens,), contiguous.
         q_start, q_end: int32 (tokens_k,), contiguous.
+        order: int32, the order in which GPU kernels launch their tiles (packattn.schedule); None: as they lie.
     """
 
     k_start: Tensor
     k_end: Tensor
     q_start: Tensor
     q_end: Tensor
+    order: Tensor | None = None
 
     @classmethod
     def causal(

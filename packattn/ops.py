@@ -83,7 +83,8 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | float | None) ->
 
 def _fake_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, k_start: Tensor,
-    k_end: Tensor, q_start: Tensor, q_end: Tensor, sinks: Tensor | None, *_: Tensor | float | None,
+    k_end: Tensor, q_start: Tensor, q_end: Tensor, order: Tensor | None, sinks: Tensor | None,
+    *_: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     heads = 0 if sinks is None else q.shape[1]
     dsinks = q.new_empty(heads, dtype=lse_dtype(q))

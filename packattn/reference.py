@@ -16,6 +16,8 @@ def attention(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    alibi_anchors: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -23,6 +25,7 @@ def attention(
 
     Args:
         q: (tokens, heads_q, head_dim). k: (tokens_k, heads_k, head_dim). v: (tokens_k, heads_k, head_dim_v).
+        alibi_slopes: (heads_q,) or (heads_q, tokens). alibi_anchors: (tokens,), by default 0, 1, 2, ...
         seed: int64 (1,), needed with dropout_p > 0.
 
     Returns:
@@ -34,6 +37,11 @@ def attention(
     scores = torch.einsum("ihd,jhd->hij", q, keys) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        query, key = (torch.arange(n, device=q.device) for n in scores.shape[1:])
+        anchors = query if alibi_anchors is None else alibi_anchors
+        slopes = alibi_slopes.to(q.dtype).reshape(q.shape[1], -1, 1)
+        scores = scores - slopes * (anchors[:, None] - key).abs()
     visible = mask.to_dense()
     scores = scores.masked_fill(~visible, float("-inf"))
     columns = scores

@@ -4,8 +4,8 @@ This file imports nothing, so that setup.py can turn it into the C++ header that
 `packattn.ops` can register the same strings where the extension is not built.
 """
 
-_SPANS = "Tensor k_start, Tensor k_end, Tensor q_start, Tensor q_end"
-_OPTIONS = "Tensor? sinks, Tensor? seed, float softmax_scale, float softcap, float dropout_p"
+_SPANS = "Tensor k_start, Tensor k_end, Tensor q_start, Tensor q_end, Tensor? order"
+_OPTIONS = "Tensor? sinks, Tensor? alibi_slopes, Tensor? anchors, Tensor? seed, float softmax_scale, float softcap, float dropout_p"
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_SPANS}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 _BACKWARD = (
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SPANS}, {_OPTIONS})"

@@ -64,6 +64,7 @@ class Case:
     window: int | None = None
     softcap: float = 0.0
     sinks: bool = False
+    alibi: bool = False
     scale: float | None = None
     magnitude: float = 1.0
     strided: bool = False
@@ -75,7 +76,7 @@ class Case:
             return PackedMask.from_spans(k_start, k_end, self.spans[2])
         make = PackedMask.causal if self.mask == "causal" else PackedMask.bidirectional
         mask = make(lengths=self.lengths, window=self.window)
-        return PackedMask(*(x.to(device) for x in mask))
+        return PackedMask(*(x.to(device) for x in mask[:4]))
 
     def tensors(self, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
         """q, k, v, sinks, dout, dlse, made in float32, rounded to dtype once."""
@@ -99,6 +100,16 @@ class Case:
             dout = dout.transpose(0, 1).contiguous().transpose(0, 1)
         return [q, k, v, sinks.to(device), dout, dlse.to(device)]
 
+    def options(self, sinks: Tensor) -> dict[str, Any]:
+        """The keyword arguments of the problem."""
+        slopes = 2.0 ** -torch.arange(1, self.heads_q + 1, device=sinks.device)
+        return {
+            "softmax_scale": self.scale,
+            "softcap": self.softcap,
+            "sinks": sinks if self.sinks else None,
+            "alibi_slopes": slopes if self.alibi else None,
+        }
+
 
 CASES = [
     Case("one token", [1]),
@@ -116,7 +127,13 @@ CASES = [
     Case("head dim 80", [50, 30], head_dim=80),
     Case("head dim 96", [50, 30], head_dim=96),
     Case("head dim 128", [90, 70], head_dim=128),
+    Case("head dim 72", [50, 30], head_dim=72),
+    Case("head dim 112", [50, 30], head_dim=112),
+    Case("head dim 160", [50, 30], head_dim=160),
+    Case("head dim 192, values 128", [50, 30], head_dim=192, head_dim_v=128),
     Case("head dim 256", [50, 30], head_dim=256),
+    Case("head dim 512", [20, 30], head_dim=512),
+    Case("head dim 576, values 512", [20, 30], head_dim=576, head_dim_v=512),
     Case("value dim differs", [50, 30], head_dim=48, head_dim_v=32),
     Case("window of 1", [50, 30], window=1),
     Case("window", [100, 30, 70], window=17),
@@ -126,6 +143,8 @@ CASES = [
     Case("softcap", [50, 70], softcap=2.0),
     Case("sinks", [50, 70], sinks=True, heads_q=4),
     Case("softcap, sinks, window", [100, 70], softcap=5.0, sinks=True, window=30),
+    Case("alibi", [50, 70], heads_q=4, alibi=True),
+    Case("alibi, softcap, window", [50, 70], heads_q=4, heads_k=2, alibi=True, softcap=5.0, window=30),
     Case("scale", [50, 70], scale=0.7),
     Case("large values", [50, 70], magnitude=100.0),
     Case("strided views", [50, 70], heads_q=4, heads_k=2, strided=True),
@@ -135,7 +154,7 @@ CASES = [
 
 
 def run(call: Attention, case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor]:
-    """Results and gradients of `call(q, k, v, mask, softmax_scale=, softcap=, sinks=) -> (out, lse)` in `dtype`."""
+    """Results and gradients of `call(q, k, v, mask, **case.options(sinks)) -> (out, lse)` in `dtype`."""
     return run_on(call, case, case.tensors(dtype, device, seed), device)
 
 
@@ -143,12 +162,7 @@ def run_on(call: Attention, case: Case, tensors: list[Tensor], device: str) -> d
     """As `run`, on the tensors q, k, v, sinks, dout, dlse."""
     q, k, v, sinks = (x.detach().requires_grad_() for x in tensors[:4])
     dout, dlse = tensors[4:]
-    options: dict[str, Any] = {
-        "softmax_scale": case.scale,
-        "softcap": case.softcap,
-        "sinks": sinks if case.sinks else None,
-    }
-    out, lse = call(q, k, v, case.packed_mask(device), **options)
+    out, lse = call(q, k, v, case.packed_mask(device), **case.options(sinks))
     inputs = [q, k, v, sinks] if case.sinks else [q, k, v]
     # A query without keys has lse = -inf, whose gradient is not used by anything.
     weight = dlse.to(lse.dtype).masked_fill(torch.isneginf(lse.detach()), 0.0)
@@ -168,17 +182,13 @@ def truth_and_naive(
 
 
 def cancelling_terms(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, float]:
-    """The largest sum of absolute terms behind dq, dk and dsinks.
+    """The largest sum of absolute terms behind lse, dq, dk, dv and dsinks.
 
     A flash backward pass takes p * (dp - delta) with delta = out . dout, where the plain one takes a difference that is
     exact for a row of one key. Both are right; the rounding of the terms is what float32 can promise.
     """
     q, k, v, sinks, dout, dlse = (x.double().cpu() for x in case.tensors(dtype, device, seed))
-    options: dict[str, Any] = {
-        "softmax_scale": case.scale,
-        "softcap": case.softcap,
-        "sinks": sinks if case.sinks else None,
-    }
+    options = case.options(sinks)
     out, lse = reference.attention(q, k, v, case.packed_mask("cpu"), **options)
     eye = torch.eye(k.shape[0], dtype=q.dtype)[:, None].expand(-1, k.shape[1], -1)
     p = reference.attention(q, k, eye, case.packed_mask("cpu"), **options)[0]  # (tokens, heads_q, tokens_k)
@@ -187,9 +197,12 @@ def cancelling_terms(case: Case, dtype: torch.dtype, device: str, seed: int = 0)
     delta = (out.abs() * dout.abs()).sum(-1) + dlse.T.abs()
     ds = p * (torch.einsum("ihd,jhd->ihj", dout.abs(), values) + delta[..., None]) * scale
     share = torch.exp(sinks - lse.T) if case.sinks else torch.zeros_like(delta)
+    products = torch.einsum("ihd,jhd->hij", q.abs(), keys) * scale
     return {
+        "lse": products.max().item(),
         "dq": torch.einsum("ihj,jhd->ihd", ds, keys).max().item(),
         "dk": torch.einsum("ihj,ihd->jhd", ds, q.abs()).max().item() * group,
+        "dv": torch.einsum("ihj,ihd->jhd", p, dout.abs()).max().item() * group,
         "dsinks": (share * delta).sum(0).max().item(),
     }
 

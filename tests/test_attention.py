@@ -21,7 +21,7 @@ def test_dropout_bits_are_those_of_the_oracle(backend, device):
     mask, seed = case.packed_mask(device), torch.tensor([0x123456789ABCDEF], device=device)
 
     def ours(q, k, v):
-        return PackedAttention.apply(q, k, v, *mask, None, seed, 0.25, 0.0, 0.3, backend)[0]
+        return PackedAttention.apply(q, k, v, *mask, None, None, None, seed, 0.25, 0.0, 0.3, backend)[0]
 
     def oracle(q, k, v):
         options = {"softmax_scale": 0.25, "dropout_p": 0.3, "seed": seed.cpu()}

@@ -98,9 +98,9 @@ def test_law_4_nothing_reads_a_value_on_the_host(where, named):
             out = packattn.packed_attention(q, k, v, mask, sinks=sinks, dropout_p=0.1, backend=named)
             assert (out.shape, out.device.type) == ((300, 4, 32), where)
             context = Context()
-            out, lse = PackedAttention.forward(context, q, k, v, *mask, sinks, None, 0.1, 0.0, 0.0, named)
+            out, lse = PackedAttention.forward(context, q, k, v, *mask, sinks, None, None, None, 0.1, 0.0, 0.0, named)
             grads = PackedAttention.backward(context, out.transpose(0, 1).contiguous().transpose(0, 1), lse)
-            for x, grad in zip((q, k, v, sinks), (*grads[:3], grads[7]), strict=True):
+            for x, grad in zip((q, k, v, sinks), (*grads[:3], grads[8]), strict=True):
                 assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device)
 
 
@@ -140,7 +140,7 @@ def test_operators_keep_their_contract(backend, device):
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     forward = getattr(torch.ops.packattn, f"attention_forward_{backend}").default
     backward = getattr(torch.ops.packattn, f"attention_backward_{backend}").default
-    inputs = (q, k, v, *mask, sinks, None, 0.25, 0.0, 0.0)
+    inputs = (q, k, v, *mask, sinks, None, None, None, 0.25, 0.0, 0.0)
     torch.library.opcheck(forward, inputs, test_utils=tests)
     out, lse = forward(*inputs)
     torch.library.opcheck(backward, (dout, dlse, q, k, v, out, lse, *inputs[3:]), test_utils=tests)
@@ -175,8 +175,8 @@ def test_law_6_the_path_without_a_compiler_is_linear_in_the_tokens():
         q, k, v, _, dout, dlse = Case("", [tokens], heads_q=2).tensors(torch.float32, "cpu")
         mask = PackedMask.causal(lengths=[tokens])
         with LargestTensor() as seen:
-            out, lse = blocked.forward(q, k, v, *mask, None, None, 0.25, 0.0, 0.0)
-            blocked.backward(dout, dlse, q, k, v, out, lse, *mask, None, None, 0.25, 0.0, 0.0)
+            out, lse = blocked.forward(q, k, v, *mask, None, None, None, None, 0.25, 0.0, 0.0)
+            blocked.backward(dout, dlse, q, k, v, out, lse, *mask, None, None, None, None, 0.25, 0.0, 0.0)
         largest[tokens] = seen.numel
     assert largest[2048] <= 2 * largest[1024]
     assert largest[2048] < 2048 * 2048
@@ -241,7 +241,7 @@ def test_autocast_casts_as_torch_does(backend, device):
     dtype = torch.float16 if backend == "triton" and device == "cpu" else torch.bfloat16
     q, k, v, *_ = Case("", [20, 10], heads_q=2).tensors(torch.float32, device)
     mask = PackedMask.causal(lengths=[20, 10])
-    mask = PackedMask(*(x.to(device) for x in mask))
+    mask = PackedMask(*(x.to(device) for x in mask[:4]))
     with torch.autocast(device, dtype=dtype):
         out = packattn.packed_attention(q, k, v.to(dtype), mask, backend=backend)
     assert out.dtype == dtype

@@ -27,12 +27,13 @@ ALLOWED = {
     "reference": {"mask", "dropout"},
     "blocked": {"dropout", "ops"},
     "kernels": {"dropout"},
-    "attention": {"ops", "mask", "schemas"},
+    "attention": {"ops", "mask", "schemas", "kernels"},
+    "varlen": {"attention", "mask"},
     "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas"},
     "data": set(),
     "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
     "info": {"attention", "ops", "schemas", "selftest"},
-    "__init__": {"attention", "boundaries", "errors", "mask", "hf", "data"},
+    "__init__": {"attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
     "__main__": {"info", "selftest", "attention", "ops"},
 }
 

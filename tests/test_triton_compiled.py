@@ -4,41 +4,25 @@ The interpreter cannot compute bfloat16, and does not see layouts, pipelines or 
 compiler made for sm_80.
 """
 
+from functools import partial
+
 import pytest
 import torch
-import triton
-from ptxemu import run_triton
-from triton.backends.compiler import GPUTarget
 
+import packattn
+from benchmarks.compiled import GPUS
+from benchmarks.emulated import KERNELS, emulate, launches
+from packattn import PackedMask
 from packattn.attention import PackedAttention
 from packattn.kernels import launch
-from packattn.selftest import Case, check_accuracy, check_isolation, packed, run
-
-KERNELS = ("_fwd_kernel", "_bwd_delta_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel")
-
-
-class Emulated:
-    """Stands in for a kernel: `kernel[grid](...)` compiles for sm_80 and runs in the emulator, with all its checks."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        def run_kernel(*args, num_warps=4, num_stages=3, **kwargs):
-            params = self.kernel.params
-            given = dict(zip([p.name for p in params], args, strict=False)) | kwargs
-            constexprs = {p.name: given.pop(p.name) for p in params if p.is_constexpr}
-            run_triton(
-                self.kernel, grid, given, constexprs, num_warps, num_stages, check_races=True, check_conflicts=True
-            )
-
-        return run_kernel
+from packattn.selftest import Case, assert_accurate, check_accuracy, check_isolation, packed, run, truth_and_naive
 
 
 @pytest.fixture
-def emulator(monkeypatch):
-    for name in KERNELS:
-        monkeypatch.setattr(launch, name, Emulated(getattr(launch, name)))
+def emulator():
+    """Launches are bound and compiled for sm_80 by Triton's JIT, and run in the emulator with all its checks."""
+    with launches(80, partial(emulate, check_races=True, check_conflicts=True)):
+        yield
 
 
 CASES = [
@@ -73,7 +57,7 @@ def test_compiled_dropout_draws_the_bits_of_every_backend(emulator):
     out = {}
     for backend in ("triton", "torch"):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        o, _ = PackedAttention.apply(*leaves, *case.packed_mask("cpu"), None, seed, 0.25, 0.0, 0.3, backend)
+        o, _ = PackedAttention.apply(*leaves, *case.packed_mask("cpu"), None, None, None, seed, 0.25, 0.0, 0.3, backend)
         out[backend] = [o.detach(), *torch.autograd.grad(o.square().sum(), leaves)]
     for one, other in zip(out["triton"], out["torch"], strict=True):
         torch.testing.assert_close(one, other)
@@ -115,60 +99,91 @@ def test_a_cpu_tensor_is_refused_outside_the_interpreter():
 
 
 def test_every_reason_is_given():
-    with pytest.raises(NotImplementedError, match=r"on the CPU, .*; head dim 320 > 256. Use backend=\"torch\""):
-        run(packed("triton"), Case("", [4], head_dim=320), torch.float32, "cpu")
+    with pytest.raises(NotImplementedError, match=r"on the CPU, .*; head dim 640 > 576. Use backend=\"torch\""):
+        run(packed("triton"), Case("", [4], head_dim=640), torch.float32, "cpu")
 
 
-class StandInDriver:
-    """Answers what Triton's JIT asks of a driver, so that a launch is bound, specialised and compiled without a GPU."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return hash(self.target)  # compiled kernels are kept by device
-
-    def get_current_stream(self, device):
-        return 0
-
-    def is_active(self):
-        return True
+TARGETS = tuple(GPUS)
 
 
-class WarmedUp:
-    """Stands in for a kernel: `kernel[grid](...)` goes the way of a launch up to the compiled kernel."""
-
-    def __init__(self, kernel, compiled):
-        self.kernel, self.compiled = kernel, compiled
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
-
-
-TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)]
-TARGETS += [GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")]
-# What a block may hold of shared memory, in bytes.
-SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, "gfx942": 65_536}
+def inputs(tokens, aligned, heads_q=3, heads_k=1, dim=64, dtype=torch.bfloat16):
+    """q, k, v; unaligned: their memory begins at an odd element, and rows are an odd number of elements apart."""
+    tensors = []
+    for heads in (heads_q, heads_k, heads_k):
+        if aligned:
+            x = torch.zeros(tokens, heads, dim, dtype=dtype)
+        else:
+            wide = heads * dim + 1
+            x = torch.zeros(tokens * wide + 1, dtype=dtype)[1:].view(tokens, wide)[:, :-1].unflatten(1, (heads, dim))
+        tensors.append(x.requires_grad_())
+    return tensors
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
-def test_a_launch_compiles_for_every_target(target, monkeypatch):
-    compiled = []
-    large = target.arch in (80, 90, 100)
-    monkeypatch.setattr(launch, "_small_memory", lambda device: not large)
-    for name in KERNELS:
-        monkeypatch.setattr(launch, name, WarmedUp(getattr(launch, name), compiled))
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(StandInDriver(target))
-    try:
-        run(packed("triton"), Case("", [70, 60], heads_q=3, head_dim=64, sinks=True), torch.bfloat16, "cpu")
-    finally:
-        triton.runtime.driver._active = before
-    assert len(compiled) == 4
-    limit = SHARED.get(target.arch, 163_840)
-    for kernel in compiled:
-        assert kernel.metadata.target.arch == target.arch
-        assert kernel.metadata.shared <= limit, kernel.metadata.name
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_launch_compiles_for_every_target(target):
+    found = []
+    with launches(target, lambda compiled, *_: found.append(compiled)):
+        for aligned in (True, False):
+            for tokens in (1, 16_384, 16_385):
+                q, k, v = inputs(tokens, aligned)
+                mask = PackedMask.causal(lengths=[tokens])
+                order = launch.launch_order(*mask[:4], 3, 1, 64, 64, q.dtype)
+                sinks = torch.zeros(3, requires_grad=True)
+                out = packattn.packed_attention(q, k, v, mask._replace(order=order), sinks=sinks, backend="triton")
+                torch.autograd.grad(out.sum(), (q, k, v, sinks))
+    assert len(found) == 6 * 4
+    for kernel in found:
+        assert kernel.metadata.target.arch == target
+        assert kernel.metadata.shared <= GPUS[target].block_shared, kernel.metadata.name
+
+
+def test_unaligned_views_are_accurate_in_the_emulator(emulator):
+    case = Case("unaligned", [30, 20], heads_q=3, heads_k=1, head_dim=64)
+    tensors = case.tensors(torch.bfloat16, "cpu")
+    views = [x.detach().copy_(y) for x, y in zip(inputs(50, False), tensors, strict=False)]
+    truth, naive = truth_and_naive(case, torch.bfloat16, "cpu")
+    out, _ = PackedAttention.forward(Context(), *views, *case.packed_mask("cpu"), None, None, None, None, 0.125, 0.0,
+                                     0.0, "triton")  # fmt: skip
+    assert_accurate("out", out, truth["out"], naive["out"])
+
+
+class Context:
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value):
+        pass
+
+
+def test_the_order_of_the_tiles_is_by_work_and_changes_no_bit(emulator):
+    lengths = [10, 200, 3, 60]
+    mask = PackedMask.causal(lengths=lengths)
+    order = launch.launch_order(*mask[:4], 2, 1, 16, 16, torch.bfloat16)
+    plan = launch.plan(273, 2, 1, 16, 16, torch.bfloat16, torch.device("cpu"))
+    counts = [-(-273 // step) for step in plan.tile_tokens]
+    for tiles, count, step, (start, end) in zip(
+        order.split(counts), counts, plan.tile_tokens, (mask[:2], mask[:2], mask[2:4]), strict=True
+    ):
+        assert sorted(tiles.tolist()) == list(range(count))
+        work = [int(end[min(t * step + step, 273) - 1] - start[t * step]) for t in tiles.tolist()]
+        assert work == sorted(work, reverse=True)
+    case = Case("", lengths)
+    q, k, v, *_ = case.tensors(torch.bfloat16, "cpu")
+    results = []
+    for chosen in (mask, mask._replace(order=order), mask._replace(order=order[1:])):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = packattn.packed_attention(*leaves, chosen, backend="triton")
+        results.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for ordered in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], ordered, strict=True))
+
+
+def test_a_small_problem_is_split_over_the_heads_of_a_group(emulator, monkeypatch):
+    case = Case("group of 6", [40, 30], heads_q=6, heads_k=1, head_dim=32)
+    splits = []
+    for enough in (1, 4, 256):
+        monkeypatch.setattr(launch, "_ENOUGH_PROGRAMS", enough)
+        splits.append(launch.plan(70, 6, 1, 32, 32, torch.bfloat16, torch.device("cpu")).split)
+        check_accuracy(case, "triton", torch.bfloat16, "cpu")
+    assert splits[0] == 1
+    assert splits[0] < splits[1] <= splits[2] == 6

@@ -1,11 +1,16 @@
-"""Forward pass.
+"""Forward pass: flash attention over spans. Equation numbers are those of docs/kernel.md.
 
-    s_ij = scale * q_i . k_j        p_ij = exp(s_ij - lse_i) for k_start_i <= j < k_end_i, else 0
-    out_i = sum_j p_ij v_j          lse_i = log sum_j exp(s_ij)
+    s_ij = scale * q_i . k_j                                                                      (2)
+    p_ij = exp(s_ij - lse_i) where k_start_i <= j < k_end_i, else 0                               (1), (5)
+    out_i = sum_j p_ij v_j          lse_i = log sum_j exp(s_ij)                                   (5), (6)
 
-Grid: (token tiles, key heads). A program owns TILE_TOKENS = BLOCK_M // GROUP tokens with all GROUP query heads
-that read its key head: row r is token m0 + r // GROUP, head r % GROUP. So short sequences fill the tile, and K and V
-are read once for the group. Tiles lie over the packed stream and may straddle sequences; the spans say what to visit.
+A program owns TILE_TOKENS = BLOCK_M // GROUP tokens of the packed stream with all GROUP query heads that read its key
+head: row r is token m0 + r // GROUP, head r % GROUP. So short sequences fill the tile, and K and V are read once for
+the group. A tile may straddle sequences. Its keys are visited in two loops with one body:
+
+    without a mask   keys that all rows see; or, in a tile with several sequences, the keys before the second one,
+                     which the rows of the first all see: the other rows are reset to nothing afterwards
+    with the mask    the rest: the diagonal, the edge of a window, what is left over of a block
 
 m_i  running maximum of a row's scores, base 2      l_i  running sum of exp2(s - m_i)
 acc  running sum of exp2(s - m_i) v                 n    first key of a block of BLOCK_N
@@ -14,108 +19,132 @@ acc  running sum of exp2(s - m_i) v                 n    first key of a block of
 import triton
 import triton.language as tl
 
-from packattn.kernels.tile import LN2, LOG2E, capped_scores, keep_mask, load_tile, split_range, visible
+from packattn.kernels.tile import (
+    LN2,
+    LOG2E,
+    NEVER,
+    add_dot,
+    dot_transposed,
+    keep_mask,
+    keep_rows,
+    load_tile,
+    program_tile,
+    scale_tile,
+    scores,
+    store_tile,
+    unmasked_blocks,
+    visible,
+    zero_tile,
+)  # fmt: skip
 
 
 @triton.jit
 def _attend(
-    acc, m_i, l_i, q, k_base, v_base, stride_kt, stride_vt, row_start, row_end, token, head, lo, hi, tokens_k, scale,
-    softcap, seed, threshold, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    acc, m_i, l_i, q, rows, keys, options, lo, hi, gap, gap_length, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, PARTS_V: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys [lo, hi) in blocks of BLOCK_N; without MASKED every row sees every key."""
+    """Online softmax over the keys [lo, hi) in blocks; with MASKED, of which [gap, gap + gap_length) are left out."""
+    token, head, row_start, row_end, slope, anchor = rows
+    k_base, v_base, stride_kt, stride_vt, tokens_k = keys
+    scale, softcap, seed, threshold, keep_scale = options
     offs_n = tl.arange(0, BLOCK_N)
-    for n in tl.range(lo, hi, BLOCK_N):
+    for block in tl.range(lo, hi, BLOCK_N):
+        n = block
+        if MASKED:
+            n += tl.where(block >= gap, gap_length, 0)
         key = n + offs_n
         at = tl.cast(n, tl.int64)
-        # [BLOCK_N, BLOCK_D]
-        k = load_tile(k_base + at * stride_kt, offs_n, stride_kt, key < tokens_k, HEAD_DIM, BLOCK_D, MASKED)
-        s, _ = capped_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, HAS_SOFTCAP)
+        k = load_tile(k_base + at * stride_kt, offs_n, stride_kt, key < tokens_k, HEAD_DIM, PARTS, MASKED)
+        distance = anchor[:, None] - key[None, :]
+        s, unit, _ = scores(
+            dot_transposed(q, k, PRECISION), scale, softcap, slope[:, None], distance, HAS_SOFTCAP, HAS_ALIBI
+        )
         if MASKED:
             s = tl.where(visible(row_start, row_end, key), s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
         # A row that has seen nothing yet has m = -inf; -inf - -inf would be NaN.
         shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-        p = tl.exp2(s - shift[:, None])
+        p = tl.exp2(s * unit - shift[:, None])
         alpha = tl.exp2(m_i - shift)
         l_i = l_i * alpha + tl.sum(p, 1)
         if HAS_DROPOUT:
             kept = keep_mask(seed, token[:, None], key[None, :], head[:, None], threshold)
             p = tl.where(kept, p * keep_scale, 0.0)
-        # [BLOCK_N, BLOCK_DV]
-        v = load_tile(v_base + at * stride_vt, offs_n, stride_vt, key < tokens_k, HEAD_DIM_V, BLOCK_DV, MASKED)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        v = load_tile(v_base + at * stride_vt, offs_n, stride_vt, key < tokens_k, HEAD_DIM_V, PARTS_V, MASKED)
+        acc = add_dot(scale_tile(acc, alpha), p, v, PRECISION)
         m_i = m_new
     return acc, m_i, l_i
 
 
-@triton.jit(do_not_specialize=["tokens", "tokens_k", "scale", "softcap", "threshold", "keep_scale"])
+@triton.jit(do_not_specialize=["tokens", "tokens_k", "heads_k", "scale", "softcap", "threshold", "keep_scale"])
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, k_start_ptr, k_end_ptr, sinks_ptr, seed_ptr, stride_qt, stride_qh,
-    stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, tokens, tokens_k, scale, softcap, threshold,
-    keep_scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, k_start_ptr, k_end_ptr, order_ptr, sinks_ptr, slopes_ptr, anchors_ptr,
+    seed_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_sh,
+    stride_st, tokens, tokens_k, heads_k, scale, softcap, threshold, keep_scale, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM_V: tl.constexpr, PARTS_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     TILE_TOKENS: tl.constexpr = BLOCK_M // GROUP
-    m0 = tl.program_id(0) * TILE_TOKENS
+    tile, head_k = program_tile(order_ptr, heads_k, HAS_ORDER)
+    m0 = tile * TILE_TOKENS
     last = tl.minimum(m0 + TILE_TOKENS, tokens) - 1
-    head_k = tl.program_id(1)
 
     row = tl.arange(0, BLOCK_M)
     token = m0 + row // GROUP
     head = head_k * GROUP + row % GROUP
     inside = (row < TILE_TOKENS * GROUP) & (token <= last)
+    at, head0 = tl.cast(m0, tl.int64), tl.cast(head_k, tl.int64) * GROUP
     q_rows = row // GROUP * stride_qt + row % GROUP * stride_qh
-    q_base = q_ptr + tl.cast(m0, tl.int64) * stride_qt + tl.cast(head_k, tl.int64) * GROUP * stride_qh
-    # [BLOCK_M, BLOCK_D]; rows outside are zero, see nothing where masks are, and are never stored.
-    q = load_tile(q_base, q_rows, 1, inside, HEAD_DIM, BLOCK_D, True)
-    row_start = tl.load(k_start_ptr + token, mask=inside, other=0)
+    q = load_tile(q_ptr + at * stride_qt + head0 * stride_qh, q_rows, 1, inside, HEAD_DIM, PARTS, True)
+    # Rows outside see nothing and are never stored.
+    row_start = tl.load(k_start_ptr + token, mask=inside, other=NEVER)
     row_end = tl.load(k_end_ptr + token, mask=inside, other=0)
+    slope, anchor = tl.zeros([BLOCK_M], tl.float32), token
+    if HAS_ALIBI:
+        slope = tl.load(slopes_ptr + tl.cast(head, tl.int64) * stride_sh + token * stride_st, mask=inside, other=0.0)
+        anchor = tl.load(anchors_ptr + token, mask=inside, other=0)
 
-    # Both ends never decrease, so the tile's first and last token bound what to visit and what all rows see.
+    # Both ends never decrease: the first and the last token bound what the tile visits and what all its rows see.
     lo, hi = tl.load(k_start_ptr + m0), tl.load(k_end_ptr + last)
-    first, second = split_range(lo, hi, tl.load(k_start_ptr + last), tl.load(k_end_ptr + m0), BLOCK_N)
+    begin, end = tl.load(k_start_ptr + last), tl.load(k_end_ptr + m0)
+    kept = (row_start == lo) | (begin < end)
+    if begin >= end:  # no key is seen by all rows: take those before the rows that do not begin at lo
+        begin, end = lo, tl.minimum(end, tl.min(tl.where(row_start > lo, row_start, NEVER)))
+    first, second = unmasked_blocks(lo, begin, end, BLOCK_N)
+
     k_base = k_ptr + tl.cast(head_k, tl.int64) * stride_kh
     v_base = v_ptr + tl.cast(head_k, tl.int64) * stride_vh
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    rows = (token, head, row_start, row_end, slope, anchor)
+    keys = (k_base, v_base, stride_kt, stride_vt, tokens_k)
+    options = (scale, softcap, seed, threshold, keep_scale)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc = zero_tile(BLOCK_M, PARTS_V)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, k_base, v_base, stride_kt, stride_vt, row_start, row_end, token, head, lo, first, tokens_k,
-        scale, softcap, seed, threshold, keep_scale, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, BLOCK_N, HAS_SOFTCAP,
-        HAS_DROPOUT, PRECISION, True,
+        acc, m_i, l_i, q, rows, keys, options, first, second, 0, 0, HEAD_DIM, PARTS, HEAD_DIM_V, PARTS_V, BLOCK_N,
+        HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, PRECISION, False,
     )  # fmt: skip
+    acc = keep_rows(acc, kept)
+    m_i, l_i = tl.where(kept, m_i, float("-inf")), tl.where(kept, l_i, 0.0)
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, k_base, v_base, stride_kt, stride_vt, row_start, row_end, token, head, first, second,
-        tokens_k, scale, softcap, seed, threshold, keep_scale, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, BLOCK_N,
-        HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False,
-    )  # fmt: skip
-    acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, k_base, v_base, stride_kt, stride_vt, row_start, row_end, token, head, second, hi, tokens_k,
-        scale, softcap, seed, threshold, keep_scale, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, BLOCK_N, HAS_SOFTCAP,
-        HAS_DROPOUT, PRECISION, True,
+        acc, m_i, l_i, q, rows, keys, options, lo, hi - (second - first), first, second - first, HEAD_DIM, PARTS,
+        HEAD_DIM_V, PARTS_V, BLOCK_N, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, PRECISION, True,
     )  # fmt: skip
 
-    if HAS_SINKS:
+    if HAS_SINKS:  # one more logit in the sum, without a value (7)
         sink = tl.load(sinks_ptr + head, mask=inside, other=0.0) * LOG2E
         m_new = tl.maximum(m_i, sink)
         alpha = tl.exp2(m_i - m_new)
-        acc = acc * alpha[:, None]
+        acc = scale_tile(acc, alpha)
         l_i = l_i * alpha + tl.exp2(sink - m_new)
         m_i = m_new
     # A row without keys and sink has l = 0: out = 0, lse = -inf.
-    out = acc * (1.0 / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
     lse = (m_i + tl.log2(l_i)) * LN2
     tl.store(lse_ptr + tl.cast(head, tl.int64) * tokens + token, lse, mask=inside)
-    d = tl.arange(0, BLOCK_DV)
-    o_rows = row // GROUP * stride_ot + row % GROUP * stride_oh
-    o_base = out_ptr + tl.cast(m0, tl.int64) * stride_ot + tl.cast(head_k, tl.int64) * GROUP * stride_oh
-    tl.store(
-        o_base + o_rows[:, None] + d[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=inside[:, None] & (d[None, :] < HEAD_DIM_V),
-    )
+    out_rows = row // GROUP * stride_ot + row % GROUP * stride_oh
+    out_base = out_ptr + at * stride_ot + head0 * stride_oh
+    store_tile(out_base, out_rows, 1, inside, acc, 1.0 / tl.where(l_i == 0.0, 1.0, l_i), HEAD_DIM_V, PARTS_V)

@@ -1,4 +1,4 @@
-"""Launchers: allocate, choose tiles from one table, build a grid from the token count, launch."""
+"""Launchers: allocate, take tiles from the table, build a grid from the token count, launch."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -11,61 +11,66 @@ from torch import Tensor
 from packattn import dropout
 from packattn.kernels.backward import _bwd_delta_kernel, _bwd_dkdv_kernel, _bwd_dq_kernel
 from packattn.kernels.forward import _fwd_kernel
+from packattn.kernels.table import LARGEST_HEAD_DIM, Tile, family, parts_of, tile_for
 
-
-class Tile(NamedTuple):
-    """BLOCK_M query rows and BLOCK_N keys, and how Triton schedules them."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# Tiles by padded head dim, for pass: (family with 160 KB and more of shared memory a block, family with 99 KB).
-# float32 halves both blocks. Chosen by registers, spills and shared memory as the compiler reports them.
-_TILES = {
-    ("forward", 16): (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2)),
-    ("forward", 32): (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2)),
-    ("forward", 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-    ("forward", 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    ("forward", 256): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
-    ("dq", 16): (Tile(128, 64, 4, 2), Tile(128, 64, 4, 2)),
-    ("dq", 32): (Tile(128, 64, 4, 2), Tile(128, 64, 4, 2)),
-    ("dq", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("dq", 128): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
-    ("dq", 256): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    ("dkdv", 16): (Tile(64, 128, 4, 2), Tile(64, 128, 4, 2)),
-    ("dkdv", 32): (Tile(64, 128, 4, 2), Tile(64, 128, 4, 2)),
-    ("dkdv", 64): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
-    ("dkdv", 128): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 1)),
-    ("dkdv", 256): (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
-}
 _DELTA_ROWS = 64
-LARGEST_HEAD_DIM = 256
+# A grid below this many programs leaves a data-centre GPU (108 to 148 multiprocessors, two programs each) idle.
+_ENOUGH_PROGRAMS = 256
 
 
-def block_dim(dim: int) -> int:
-    """The power of two, at least 16, that holds a head dim."""
-    return max(16, int(triton.next_power_of_2(dim)))
+class Plan(NamedTuple):
+    """What a launch of each pass looks like, from shapes alone: tiles, tokens a tile, and the split of dK/dV."""
+
+    forward: Tile
+    dq: Tile
+    dkdv: Tile
+    group: int
+    split: int
+
+    @property
+    def tile_tokens(self) -> tuple[int, int, int]:
+        """Tokens of a tile: queries for forward and dQ, keys for dK/dV."""
+        return self.forward.block_m // self.group, self.dq.block_m // self.group, self.dkdv.block_n
 
 
-def tile_for(kernel: str, dim: int, dtype: torch.dtype, small_memory: bool, group: int) -> Tile:
-    """The tile of a pass: "forward", "dq" or "dkdv"; dim is the larger padded head dim."""
-    tile = _TILES[kernel, dim][small_memory]
-    if dtype == torch.float32:
-        tile = tile._replace(block_m=max(16, tile.block_m // 2), block_n=max(16, tile.block_n // 2), num_stages=1)
-    if kernel != "dkdv":
-        # The rows of a tile hold all query heads of a group, of at least one token.
-        tile = tile._replace(block_m=max(tile.block_m, triton.next_power_of_2(group)))
-    return tile
+def plan(tokens_k: int, heads_q: int, heads_k: int, head_dim: int, head_dim_v: int, dtype: torch.dtype,
+         device: torch.device) -> Plan:  # fmt: skip
+    """The plan of a problem; it does not depend on the lengths of the sequences."""
+    group, dim, gpu = heads_q // heads_k, max(head_dim, head_dim_v), family(device)
+    forward_tile, dq_tile, dkdv_tile = (tile_for(gpu, name, dim, dtype, group) for name in ("forward", "dq", "dkdv"))
+    programs = triton.cdiv(max(tokens_k, 1), dkdv_tile.block_n) * heads_k
+    split = next((n for n in range(1, group) if group % n == 0 and programs * n >= _ENOUGH_PROGRAMS), group)
+    return Plan(forward_tile, dq_tile, dkdv_tile, group, split)
 
 
-def _small_memory(device: torch.device) -> bool:
-    """Whether a block has less than 160 KB of shared memory: all but data-centre NVIDIA GPUs."""
-    if device.type == "cpu" or torch.version.hip is not None:
-        return True
-    return torch.cuda.get_device_capability(device) not in ((8, 0), (9, 0), (10, 0), (10, 3))
+def _plan_of(q: Tensor, k: Tensor, v: Tensor) -> Plan:
+    return plan(k.shape[0], q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, q.device)
+
+
+def launch_order(
+    k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor, heads_q: int, heads_k: int, head_dim: int,
+    head_dim_v: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Tiles of the three passes, big ones first, so that the last programs to run are short: int32, (tiles of all,).
+
+    Computed on the device, once for a mask; a launcher whose tile counts do not fit ignores it.
+    """
+    made = plan(q_start.shape[0], heads_q, heads_k, head_dim, head_dim_v, dtype, k_start.device)
+    spans = ((k_start, k_end), (k_start, k_end), (q_start, q_end))
+    orders = []
+    for (start, end), step in zip(spans, made.tile_tokens, strict=True):
+        first = torch.arange(0, start.shape[0], step, device=start.device)
+        last = (first + step - 1).clamp(max=start.shape[0] - 1)
+        orders.append(torch.argsort(end[last] - start[first], descending=True, stable=True).int())
+    return torch.cat(orders)
+
+
+def _order_of(order: Tensor | None, plan: Plan, tokens: int, tokens_k: int) -> tuple[Tensor | None, ...]:
+    """The orders of forward, dQ and dK/dV, or None where there is none that fits."""
+    counts = [triton.cdiv(n, step) for n, step in zip((tokens, tokens, tokens_k), plan.tile_tokens, strict=True)]
+    if order is None or order.shape[0] != sum(counts):
+        return None, None, None
+    return order.split(counts)
 
 
 def _check(q: Tensor, v: Tensor) -> None:
@@ -73,7 +78,10 @@ def _check(q: Tensor, v: Tensor) -> None:
     if q.device.type == "cpu" and isinstance(_fwd_kernel, triton.runtime.JITFunction):
         reasons.append("the tensors are on the CPU, where Triton runs only in its interpreter")
     if q.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-        reasons.append("compute capability below 8.0 has no tensor cores in Triton; use torch's SDPA there")
+        reasons.append(
+            "compute capability below 8.0 has no tensor cores in Triton; use torch's "
+            "scaled_dot_product_attention (SDPA) there"
+        )
     if max(q.shape[2], v.shape[2]) > LARGEST_HEAD_DIM:
         reasons.append(f"head dim {max(q.shape[2], v.shape[2])} > {LARGEST_HEAD_DIM}")
     if reasons:
@@ -86,37 +94,40 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _shared(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float
-) -> dict[str, Any]:
+    q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, anchors: Tensor | None, seed: Tensor | None,
+    softmax_scale: float, softcap: float, dropout_p: float,
+) -> dict[str, Any]:  # fmt: skip
     """The arguments that all kernels but the delta pre-pass take."""
     # As a signed 32-bit number: the kernel takes the bits.
     threshold = dropout.threshold(dropout_p)
+    slopes = (0, 0) if alibi_slopes is None else alibi_slopes.stride()
     return {
-        "seed_ptr": seed,
+        "seed_ptr": seed, "slopes_ptr": alibi_slopes, "anchors_ptr": anchors,
         "stride_qt": q.stride(0), "stride_qh": q.stride(1),
         "stride_kt": k.stride(0), "stride_kh": k.stride(1),
         "stride_vt": v.stride(0), "stride_vh": v.stride(1),
-        "tokens": q.shape[0], "tokens_k": k.shape[0],
+        "stride_sh": slopes[0], "stride_st": slopes[1],
+        "tokens": q.shape[0], "tokens_k": k.shape[0], "heads_k": k.shape[1],
         "scale": softmax_scale, "softcap": softcap,
         "threshold": threshold - 2**32 if threshold >= 2**31 else threshold, "keep_scale": 1 / (1 - dropout_p),
-        "GROUP": q.shape[1] // k.shape[1],
-        "HEAD_DIM": q.shape[2], "BLOCK_D": block_dim(q.shape[2]),
-        "HEAD_DIM_V": v.shape[2], "BLOCK_DV": block_dim(v.shape[2]),
-        "HAS_SOFTCAP": softcap > 0, "HAS_DROPOUT": seed is not None,
+        "GROUP": q.shape[1] // k.shape[1], "HEAD_DIM": q.shape[2], "HEAD_DIM_V": v.shape[2],
+        "HAS_SOFTCAP": softcap > 0, "HAS_ALIBI": alibi_slopes is not None, "HAS_DROPOUT": seed is not None,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 and q.dtype == torch.float32 else "ieee",
     }  # fmt: skip
 
 
-def _with_tile(kernel: str, shared: dict[str, Any], q: Tensor) -> dict[str, Any]:
-    dim = max(shared["BLOCK_D"], shared["BLOCK_DV"])
-    tile = tile_for(kernel, dim, q.dtype, _small_memory(q.device), shared["GROUP"])
-    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    return shared | blocks | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+def _tile_options(tile: Tile, shared: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "PARTS": parts_of(shared["HEAD_DIM"], tile.width), "PARTS_V": parts_of(shared["HEAD_DIM_V"], tile.width),
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor,
-    sinks: Tensor | None, seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float,
+    order: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None, anchors: Tensor | None,
+    seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator `attention_forward_triton`; arguments as in `packattn.schemas`."""
     _check(q, v)
@@ -125,51 +136,63 @@ def forward(
     lse = q.new_empty(heads, tokens, dtype=torch.float32)
     if tokens == 0:
         return out, lse
-    shared = _shared(q, k, v, seed, softmax_scale, softcap, dropout_p)
-    options = _with_tile("forward", shared, q)
-    grid = (triton.cdiv(tokens, options["BLOCK_M"] // options["GROUP"]), k.shape[1])
+    made = _plan_of(q, k, v)
+    tiles = _order_of(order, made, tokens, k.shape[0])[0]
+    shared = _shared(q, k, v, alibi_slopes, anchors, seed, softmax_scale, softcap, dropout_p)
     with _on(q.device):
-        _fwd_kernel[grid](
-            q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, k_start_ptr=k_start, k_end_ptr=k_end, sinks_ptr=sinks,
-            stride_ot=out.stride(0), stride_oh=out.stride(1), HAS_SINKS=sinks is not None, **options,
+        _fwd_kernel[(triton.cdiv(tokens, made.tile_tokens[0]) * k.shape[1],)](
+            q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, k_start_ptr=k_start, k_end_ptr=k_end,
+            order_ptr=tiles, sinks_ptr=sinks, stride_ot=out.stride(0), stride_oh=out.stride(1),
+            HAS_ORDER=tiles is not None, HAS_SINKS=sinks is not None, **shared, **_tile_options(made.forward, shared),
         )  # fmt: skip
     return out, lse
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, k_start: Tensor,
-    k_end: Tensor, q_start: Tensor, q_end: Tensor, sinks: Tensor | None, seed: Tensor | None, softmax_scale: float,
-    softcap: float, dropout_p: float,
+    k_end: Tensor, q_start: Tensor, q_end: Tensor, order: Tensor | None, sinks: Tensor | None,
+    alibi_slopes: Tensor | None, anchors: Tensor | None, seed: Tensor | None, softmax_scale: float, softcap: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator `attention_backward_triton`; arguments as in `packattn.schemas`."""
     _check(q, v)
     tokens, heads, _ = q.shape
     tokens_k, heads_k, _ = k.shape
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    delta = torch.empty_like(lse)
-    shared = _shared(q, k, v, seed, softmax_scale, softcap, dropout_p)
-    strides = {"stride_dot": dout.stride(0), "stride_doh": dout.stride(1)}
-    saved = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta}
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    made = _plan_of(q, k, v)
+    _, tiles_q, tiles_k = _order_of(order, made, tokens, tokens_k)
+    shared = _shared(q, k, v, alibi_slopes, anchors, seed, softmax_scale, softcap, dropout_p)
+    saved = {
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout, "lse2_ptr": lse2, "delta_ptr": delta,
+        "stride_dot": dout.stride(0), "stride_doh": dout.stride(1),
+    }  # fmt: skip
     with _on(q.device):
         if tokens > 0:
+            options = _tile_options(made.dq, shared)
             _bwd_delta_kernel[(triton.cdiv(tokens, _DELTA_ROWS), heads)](
-                out, dout, None if dlse is None else dlse.contiguous(), delta, out.stride(0), out.stride(1),
-                dout.stride(0), dout.stride(1), tokens, HEAD_DIM_V=v.shape[2], BLOCK_DV=shared["BLOCK_DV"],
-                BLOCK_M=_DELTA_ROWS, HAS_DLSE=dlse is not None,
+                out, dout, lse, None if dlse is None else dlse.contiguous(), lse2, delta, out.stride(0),
+                out.stride(1), dout.stride(0), dout.stride(1), tokens, HEAD_DIM_V=v.shape[2],
+                PARTS_V=options["PARTS_V"], BLOCK_M=_DELTA_ROWS, HAS_DLSE=dlse is not None,
             )  # fmt: skip
-            options = _with_tile("dq", shared, q)
-            grid = (triton.cdiv(tokens, options["BLOCK_M"] // options["GROUP"]), heads_k)
-            _bwd_dq_kernel[grid](
-                dq_ptr=dq, k_start_ptr=k_start, k_end_ptr=k_end, stride_dqt=dq.stride(0), stride_dqh=dq.stride(1),
-                **saved, **strides, **options,
+            _bwd_dq_kernel[(triton.cdiv(tokens, made.tile_tokens[1]) * heads_k,)](
+                dq_ptr=dq, k_start_ptr=k_start, k_end_ptr=k_end, order_ptr=tiles_q, stride_dqt=dq.stride(0),
+                stride_dqh=dq.stride(1), HAS_ORDER=tiles_q is not None, **saved, **shared, **options,
             )  # fmt: skip
         if tokens_k > 0:
-            options = _with_tile("dkdv", shared, q)
-            _bwd_dkdv_kernel[(triton.cdiv(tokens_k, options["BLOCK_N"]), heads_k)](
-                dk_ptr=dk, dv_ptr=dv, q_start_ptr=q_start, q_end_ptr=q_end, stride_dkt=dk.stride(0),
-                stride_dkh=dk.stride(1), stride_dvt=dv.stride(0), stride_dvh=dv.stride(1), **saved, **strides,
-                **options,
+            # The second stage: each share of a group's heads has a float32 copy of dk and dv, added in fixed order.
+            shares = (dk, dv) if made.split == 1 else tuple(
+                x.new_empty(made.split, *x.shape, dtype=torch.float32) for x in (dk, dv)
             )  # fmt: skip
+            (dks, dkt, dkh), (dvs, dvt, dvh) = ((0, *x.stride())[-4:-1] for x in shares)
+            _bwd_dkdv_kernel[(triton.cdiv(tokens_k, made.tile_tokens[2]) * heads_k * made.split,)](
+                dk_ptr=shares[0], dv_ptr=shares[1], q_start_ptr=q_start, q_end_ptr=q_end, order_ptr=tiles_k,
+                stride_dks=dks, stride_dkt=dkt, stride_dkh=dkh, stride_dvs=dvs, stride_dvt=dvt, stride_dvh=dvh,
+                SPLIT=made.split, HAS_ORDER=tiles_k is not None, **saved, **shared,
+                **_tile_options(made.dkdv, shared),
+            )  # fmt: skip
+            if made.split > 1:
+                dk, dv = (share.sum(0).to(k.dtype) for share in shares)
     if sinks is None:
         return dq, dk, dv, q.new_empty(0, dtype=torch.float32)
     return dq, dk, dv, -(torch.exp(sinks[:, None] - lse) * delta).sum(1)

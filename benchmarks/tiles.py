@@ -1,0 +1,192 @@
+"""Write the launch table: `python -m benchmarks.tiles` (about an hour on two cores), or `--time` on a GPU.
+
+Without a GPU each candidate is compiled for its family and ranked by an estimate of the cycles of one multiprocessor
+for a useful pair of query and key:
+
+    cycles = waste * max(issue, tensor) / hiding
+
+waste    executed over useful pairs of this tile on real lengths (math, short tasks and functions capped at 4,096)
+issue    instructions of the main loop * warps / (4 schedulers * pairs of a tile)
+tensor   multiply-adds of a pair, parts of the head dim included, over the rate of the tensor cores
+hiding   how well resident warps hide latency: 0.5 + 0.125 * warps of a scheduler, at most 1
+
+A candidate that does not fit is out; one that spills, stores accumulators through shared memory, or (sm_90) misses
+wgmma pays a factor. With `--time` the candidates are run instead, interleaved, and the table gets the fastest.
+"""
+
+import argparse
+import json
+import re
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import compiled, packs
+from packattn.kernels import table
+from packattn.kernels.table import DIMS, FAMILIES, TABLE, Tile
+
+ARCHES: dict[str, int | str] = {"sm80": 80, "sm86": 86, "sm90": 90, "sm100": 100, "gfx9": "gfx942"}
+PASSES = ("forward", "dq", "dkdv")
+GROUPS = {"alone": 1, "grouped": 4}
+Cell = tuple[str, str, torch.dtype, int]
+
+
+def candidates(family: str, name: str, dtype: torch.dtype, dim: int) -> list[Tile]:
+    """Tiles worth compiling: (BLOCK_M, BLOCK_N, warps, stages) by head dim; dK/dV has keys for rows."""
+    if dtype == torch.float32:
+        blocks = [(32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)] if dim > 64 else [(64, 32, 4, 1), (32, 32, 4, 1)]
+    elif dim <= 64:
+        blocks = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 4, 3), (64, 32, 4, 3)]
+    elif dim <= 128:
+        blocks = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)]
+    elif dim <= 256:
+        blocks = [(128, 32, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 1), (64, 32, 8, 2), (32, 32, 4, 1)]
+    else:
+        blocks = [(64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)]
+    if name == "dkdv":
+        blocks = [(n, m, warps, stages) for m, n, warps, stages in blocks]
+    widths = (64,) if dim <= 64 or dtype == torch.float32 else (64, 128)
+    if family == "gfx9":  # AMD pipelines in registers: one stage less
+        blocks = [(m, n, warps, min(stages, 2)) for m, n, warps, stages in blocks]
+    return list(dict.fromkeys(Tile(*block, width) for block in blocks for width in widths))
+
+
+@cache
+def waste(tile_tokens: int, block: int) -> float:
+    """Executed over useful pairs of the forward pass with tiles of so many tokens, causal, on real lengths."""
+    executed = useful = 0
+    for name in ("math", "short tasks", "functions"):
+        start = 0
+        starts: list[int] = []
+        for length in packs.draw(name, 65_536, 4096):
+            starts += [start] * length
+            start += length
+        for m0 in range(0, len(starts), tile_tokens):
+            last = min(m0 + tile_tokens, len(starts)) - 1
+            executed += -(-(last + 1 - starts[m0]) // block) * block * tile_tokens
+            useful += sum(i + 1 - starts[i] for i in range(m0, last + 1))
+    return executed / useful
+
+
+def rank(cell: Cell, tile: Tile) -> tuple[dict[str, float], dict[str, Any]]:
+    """Estimated cycles of a candidate by group class (lower is better), and what the estimate is made of."""
+    family, name, dtype, dim = cell
+    arch = ARCHES[family]
+    gpu = compiled.GPUS[arch]
+    report = compiled.report_of(compiled.compile_pass(name, arch, dtype, tile, 4, dim))
+    facts = report._asdict() | {"blocks": compiled.occupancy(report, tile.num_warps, arch)}
+    if report.shared > gpu.block_shared or not report.loops or not facts["blocks"]:
+        return {}, facts
+    products = {"forward": 2, "dq": 3, "dkdv": 4}[name] * sum(table.parts_of(dim, tile.width))
+    pairs = tile.block_m * tile.block_n
+    issue = report.main.instructions * tile.num_warps / (4 * pairs)
+    tensor = products / gpu.fma if dtype != torch.float32 else 0.0
+    hiding = min(1.0, 0.5 + 0.125 * facts["blocks"] * tile.num_warps / 4)
+    cycles = max(issue, tensor) / hiding * (1 + report.spills / 64)
+    if report.main.shared_stores and family != "gfx9":
+        cycles *= 1.25
+    if family == "sm90" and dtype != torch.float32 and not report.main.wgmma:
+        cycles *= 2
+    rows, columns = (tile.block_n, tile.block_m) if name == "dkdv" else (tile.block_m, tile.block_n)
+    costs = {}
+    for label, group in GROUPS.items():
+        tokens = rows if name == "dkdv" else rows // group
+        costs[label] = cycles * waste(tokens, columns)
+    return costs, facts
+
+
+def _try(job: tuple[Cell, Tile]) -> tuple[Cell, Tile, dict[str, float], dict[str, Any]]:
+    cell, tile = job
+    try:
+        return cell, tile, *rank(cell, tile)
+    except Exception as error:  # a candidate that the compiler refuses is no candidate
+        return cell, tile, {}, {"error": f"{type(error).__name__}: {error}"[:200]}
+
+
+def search(families: list[str], processes: int, log: Path) -> dict[tuple[str, str, str, str, int], Tile]:
+    """The best tile of every row of the table."""
+    # float32 runs on plain FMA units, alike on all NVIDIA GPUs: the family with the least shared memory stands for all.
+    cells = [(f, n, torch.bfloat16, d) for f in families for n in PASSES for d in DIMS]
+    cells += [(f, n, torch.float32, d) for f in families if f in ("sm86", "gfx9") for n in PASSES for d in DIMS]
+    jobs = [(cell, tile) for cell in cells for tile in candidates(cell[0], *cell[1:])]
+    best: dict[tuple[str, str, str, str, int], tuple[float, Tile]] = {}
+    with ProcessPoolExecutor(processes) as pool, log.open("w") as lines:
+        for (family, name, dtype, dim), tile, costs, facts in tqdm(pool.map(_try, jobs), total=len(jobs)):
+            bits = "32-bit" if dtype == torch.float32 else "16-bit"
+            line = {"family": family, "pass": name, "dtype": bits, "dim": dim, "tile": tile, "cost": costs} | facts
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
+            for group, cost in costs.items():
+                key = (family, name, bits, group, dim)
+                best[key] = min(best.get(key, (float("inf"), tile)), (cost, tile), key=lambda pair: pair[0])
+    found = {key: tile for key, (_, tile) in best.items()}
+    for family in families:
+        for name in PASSES:
+            for group in GROUPS:
+                for dim in DIMS:
+                    found.setdefault((family, name, "32-bit", group, dim), _shared_row(found, name, group, dim))
+    return found
+
+
+def _shared_row(found: dict[tuple[str, str, str, str, int], Tile], name: str, group: str, dim: int) -> Tile:
+    key = ("sm86", name, "32-bit", group, dim)
+    return found.get(key) or TABLE[key]
+
+
+def time_candidates(device: torch.device) -> dict[tuple[str, str, str, str, int], Tile]:
+    """The fastest tile of each row of this GPU's family: medians of interleaved runs on real lengths."""
+    from benchmarks.timing import time_tiles
+
+    family = table.family(device)
+    found = {}
+    for name in PASSES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for dim in DIMS:
+                for label, group in GROUPS.items():
+                    tiles = candidates(family, name, dtype, dim)
+                    seconds = time_tiles(device, name, dtype, dim, group, tiles)
+                    bits = "32-bit" if dtype == torch.float32 else "16-bit"
+                    if seconds:
+                        found[family, name, bits, label, dim] = min(seconds, key=seconds.__getitem__)
+    return found
+
+
+def write(found: dict[tuple[str, str, str, str, int], Tile]) -> None:
+    """Put the rows into packattn/kernels/table.py; rows that were not searched stay as they are."""
+    merged = dict(TABLE) | found
+    lines = [f"{'family':6} {'pass':7} {'dtype':6} {'group':7} " + " ".join(f"{dim:>15}" for dim in DIMS)]
+    for family in FAMILIES:
+        for name in PASSES:
+            for bits in ("16-bit", "32-bit"):
+                for group in GROUPS:
+                    tiles = (merged[family, name, bits, group, dim] for dim in DIMS)
+                    entries = (f"{t.block_m}x{t.block_n}/{t.num_warps}/{t.num_stages}/{t.width}" for t in tiles)
+                    row = " ".join(f"{entry:>15}" for entry in entries)
+                    lines.append(f"{family:6} {name:7} {bits:6} {group:7} {row}")
+    path = Path(table.__file__)
+    text = re.sub(
+        r'(_ROWS = """\n).*?(""")', lambda m: m[1] + "\n".join(lines) + "\n" + m[2], path.read_text(), flags=re.S
+    )
+    path.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--log", type=Path, default=Path("out/tiles.jsonl"), help="what was found of every candidate")
+    parser.add_argument("--time", action="store_true", help="time the candidates on this machine's GPU")
+    options = parser.parse_args()
+    options.log.parent.mkdir(parents=True, exist_ok=True)
+    if options.time:
+        write(time_candidates(torch.device("cuda")))
+    else:
+        write(search(options.families, options.processes, options.log))
+
+
+if __name__ == "__main__":
+    main()
