@@ -168,9 +168,8 @@ def write(found: dict[tuple[str, str, str, str, int], Tile]) -> None:
                     row = " ".join(f"{entry:>15}" for entry in entries)
                     lines.append(f"{family:6} {name:7} {bits:6} {group:7} {row}")
     path = Path(table.__file__)
-    text = re.sub(
-        r'(_ROWS = """\n).*?(""")', lambda m: m[1] + "\n".join(lines) + "\n" + m[2], path.read_text(), flags=re.S
-    )
+    rows = "\n".join(lines) + "\n"
+    text = re.sub(r'(_ROWS = """\n).*?(""")', lambda m: m[1] + rows + m[2], path.read_text(), flags=re.DOTALL)
     path.write_text(text)
 
 

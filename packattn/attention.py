@@ -101,8 +101,8 @@ def packed_attention(
         softmax_scale: factor of the scores; head_dim ** -0.5 if None.
         softcap: if positive, scores become `softcap * tanh(scores / softcap)`.
         sinks: (heads_q,), floating: one logit per head that takes part in the softmax and has no value.
-        alibi_slopes: (heads_q,) or (heads_q, tokens), floating, no gradient: the score of query i and key j gets the bias
-            `-slope * |anchor_i - j|` (Press et al. 2022, arXiv 2108.12409), after softcap.
+        alibi_slopes: (heads_q,) or (heads_q, tokens), floating, no gradient: the score of query i and key j gets the
+            bias `-slope * |anchor_i - j|` (Press et al. 2022, arXiv 2108.12409), after softcap.
         alibi_anchors: int32 (tokens,): the key at which each query stands, by default its own index.
         dropout_p: probability of dropping a softmax probability; the kept ones are scaled by 1 / (1 - dropout_p).
         backend: "triton", "cpu" or "torch"; None takes the one of the device (see `python -m packattn info`).

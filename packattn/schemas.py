@@ -5,7 +5,10 @@ This file imports nothing, so that setup.py can turn it into the C++ header that
 """
 
 _SPANS = "Tensor k_start, Tensor k_end, Tensor q_start, Tensor q_end, Tensor? order"
-_OPTIONS = "Tensor? sinks, Tensor? alibi_slopes, Tensor? anchors, Tensor? seed, float softmax_scale, float softcap, float dropout_p"
+_OPTIONS = (
+    "Tensor? sinks, Tensor? alibi_slopes, Tensor? anchors, Tensor? seed,"
+    " float softmax_scale, float softcap, float dropout_p"
+)
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_SPANS}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 _BACKWARD = (
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SPANS}, {_OPTIONS})"

@@ -70,7 +70,8 @@ def _order_of(order: Tensor | None, plan: Plan, tokens: int, tokens_k: int) -> t
     counts = [triton.cdiv(n, step) for n, step in zip((tokens, tokens, tokens_k), plan.tile_tokens, strict=True)]
     if order is None or order.shape[0] != sum(counts):
         return None, None, None
-    return order.split(counts)
+    forward, dq, dkdv = order.split(counts)
+    return forward, dq, dkdv
 
 
 def _check(q: Tensor, v: Tensor) -> None:

@@ -20,16 +20,10 @@ def load_part(base, index, stride, bounds, START: tl.constexpr, WIDTH: tl.conste
     d = START + tl.arange(0, WIDTH)
     pointers = base + index[:, None] * stride + d[None, :]
     if START + WIDTH <= DIM:
-        if BOUNDED:
-            tile = tl.load(pointers, mask=bounds[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers)
+        mask = bounds[:, None] if BOUNDED else None
     else:
-        if BOUNDED:
-            tile = tl.load(pointers, mask=bounds[:, None] & (d[None, :] < DIM), other=0.0)
-        else:
-            tile = tl.load(pointers, mask=d[None, :] < DIM, other=0.0)
-    return tile
+        mask = (bounds[:, None] & (d[None, :] < DIM)) if BOUNDED else d[None, :] < DIM
+    return tl.load(pointers, mask=mask, other=None if mask is None else 0.0)
 
 
 @triton.jit
