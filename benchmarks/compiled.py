@@ -1,8 +1,11 @@
 """Compile a pass for any target without a GPU, and read what the compiler made: the evidence of the launch table."""
 
+import hashlib
+import io
 import re
 import subprocess
 import tempfile
+import tokenize
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from packattn.kernels import backward, forward
+from packattn.kernels import tile as tile_module
 from packattn.kernels.table import Tile, parts_of
 
 KERNELS = {
@@ -75,6 +79,21 @@ class Report(NamedTuple):
     def main(self) -> Loop:
         """The loop without a mask: the one with the fewest instructions for a product."""
         return min(self.loops, key=lambda loop: loop.instructions / loop.products)
+
+
+def source_hash() -> str:
+    """A hash of the kernels' code, comments and docstrings left out."""
+    skipped = (tokenize.COMMENT, tokenize.NL)
+    digest = hashlib.sha256()
+    for module in (tile_module, forward, backward):
+        source = Path(module.__file__).read_text()
+        begins = True  # of a statement, where a string is a docstring
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type not in skipped and not (begins and token.type == tokenize.STRING):
+                digest.update(token.string.encode() + b"\0")
+            if token.type not in skipped:
+                begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    return digest.hexdigest()[:16]
 
 
 def target_of(arch: int | str) -> GPUTarget:

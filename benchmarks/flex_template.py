@@ -42,7 +42,9 @@ def _constants(tile: Tile, group: int, dim: int) -> dict[str, str]:
 
 def _render(tile: Tile, group: int, dim: int) -> str:
     folder = Path(torch.__file__).parent / "_inductor" / "kernel" / "flex" / "templates"
-    template = "\n".join((folder / f"{name}.py.jinja").read_text() for name in ("flex_attention", "utilities", "common"))
+    template = "\n".join(
+        (folder / f"{name}.py.jinja").read_text() for name in ("flex_attention", "utilities", "common")
+    )
     constants = _constants(tile, group, dim)
     blocks = _TOKENS // 128
     heads = {"Q": _HEADS_K * group, "K": _HEADS_K, "V": _HEADS_K}
@@ -72,7 +74,9 @@ def _render(tile: Tile, group: int, dim: int) -> str:
     def store_output(indices: tuple[str, ...], value: str, mask: str, **_: Any) -> str:
         _, head, token, column = indices
         width = heads["Q"] * dim
-        return f"tl.store(arg_OUT + {token} * {width} + {head} * {dim} + {column}, {value}.to(tl.bfloat16), mask={mask})"
+        return (
+            f"tl.store(arg_OUT + {token} * {width} + {head} * {dim} + {column}, {value}.to(tl.bfloat16), mask={mask})"
+        )
 
     environment = jinja2.Environment()
     environment.filters["indent_except_first"] = lambda text, depth: text.replace("\n", "\n" + "    " * depth)
@@ -100,6 +104,11 @@ def compile_flex(arch: int | str, tile: Tile, group: int, dim: int) -> Any:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(_POINTERS))}
-        source = ASTSource(module.flex, signature={f"arg_{name}": kind for name, kind in _POINTERS.items()}, constexprs={}, attrs=attributes)
+        source = ASTSource(
+            module.flex,
+            signature={f"arg_{name}": kind for name, kind in _POINTERS.items()},
+            constexprs={},
+            attrs=attributes,
+        )
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         return triton.compile(source, target=target_of(arch), options=options)

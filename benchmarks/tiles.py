@@ -107,22 +107,34 @@ def _try(job: tuple[Cell, Tile]) -> tuple[Cell, Tile, dict[str, float], dict[str
         return cell, tile, {}, {"error": f"{type(error).__name__}: {error}"[:200]}
 
 
+def _bits(dtype: torch.dtype) -> str:
+    return "32-bit" if dtype == torch.float32 else "16-bit"
+
+
 def search(families: list[str], processes: int, log: Path) -> dict[tuple[str, str, str, str, int], Tile]:
-    """The best tile of every row of the table."""
+    """The best tile of every row of the table; what the log holds of the same code is not compiled again."""
     # float32 runs on plain FMA units, alike on all NVIDIA GPUs: the family with the least shared memory stands for all.
     cells = [(f, n, torch.bfloat16, d) for f in families for n in PASSES for d in DIMS]
     cells += [(f, n, torch.float32, d) for f in families if f in ("sm86", "gfx9") for n in PASSES for d in DIMS]
     jobs = [(cell, tile) for cell in cells for tile in candidates(cell[0], *cell[1:])]
     best: dict[tuple[str, str, str, str, int], tuple[float, Tile]] = {}
-    with ProcessPoolExecutor(processes) as pool, log.open("w") as lines:
+    code = compiled.source_hash()
+    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    known = [line for line in known if line["code"] == code]
+    log.write_text("".join(json.dumps(line) + "\n" for line in known))
+    done = {(line["family"], line["pass"], line["dtype"], line["dim"], *line["tile"]) for line in known}
+    jobs = [job for job in jobs if (*job[0][:2], _bits(job[0][2]), job[0][3], *job[1]) not in done]
+    with ProcessPoolExecutor(processes) as pool, log.open("a") as lines:
         for (family, name, dtype, dim), tile, costs, facts in tqdm(pool.map(_try, jobs), total=len(jobs)):
-            bits = "32-bit" if dtype == torch.float32 else "16-bit"
-            line = {"family": family, "pass": name, "dtype": bits, "dim": dim, "tile": tile, "cost": costs} | facts
-            lines.write(json.dumps(line) + "\n")
+            line = {"code": code, "family": family, "pass": name, "dtype": _bits(dtype), "dim": dim, "tile": tile}
+            known.append(line | {"cost": costs} | facts)
+            lines.write(json.dumps(known[-1]) + "\n")
             lines.flush()
-            for group, cost in costs.items():
-                key = (family, name, bits, group, dim)
-                best[key] = min(best.get(key, (float("inf"), tile)), (cost, tile), key=lambda pair: pair[0])
+    for line in known:
+        for group, cost in line["cost"].items():
+            key = (line["family"], line["pass"], line["dtype"], group, line["dim"])
+            entry = (cost, Tile(*line["tile"]))
+            best[key] = min(best.get(key, entry), entry, key=lambda pair: pair[0])
     found = {key: tile for key, (_, tile) in best.items()}
     for family in families:
         for name in PASSES:
@@ -149,9 +161,8 @@ def time_candidates(device: torch.device) -> dict[tuple[str, str, str, str, int]
                 for label, group in GROUPS.items():
                     tiles = candidates(family, name, dtype, dim)
                     seconds = time_tiles(device, name, dtype, dim, group, tiles)
-                    bits = "32-bit" if dtype == torch.float32 else "16-bit"
                     if seconds:
-                        found[family, name, bits, label, dim] = min(seconds, key=seconds.__getitem__)
+                        found[family, name, _bits(dtype), label, dim] = min(seconds, key=seconds.__getitem__)
     return found
 
 
