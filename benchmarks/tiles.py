@@ -10,8 +10,9 @@ issue    instructions of the main loop * warps / (4 schedulers * pairs of a tile
 tensor   multiply-adds of a pair, parts of the head dim included, over the rate of the tensor cores
 hiding   how well resident warps hide latency: 0.5 + 0.125 * warps of a scheduler, at most 1
 
-A candidate that does not fit is out; one that spills, stores accumulators through shared memory, or (sm_90) misses
-wgmma pays a factor. With `--time` the candidates are run instead, interleaved, and the table gets the fastest.
+A candidate that does not fit is out; one that spills, stores to shared memory or waits at more than three barriers in
+the main loop (sm_80 to sm_89, sm_120), or misses wgmma (sm_90) pays a factor. With `--time` the candidates are run
+instead, interleaved, and the table gets the fastest.
 """
 
 import argparse
@@ -37,19 +38,25 @@ Cell = tuple[str, str, torch.dtype, int]
 
 def candidates(family: str, name: str, dtype: torch.dtype, dim: int) -> list[Tile]:
     """Tiles worth compiling: (BLOCK_M, BLOCK_N, warps, stages) by head dim; dK/dV has keys for rows."""
+    large = family in ("sm90", "sm100")  # operands stay in shared memory, accumulators may fill the registers
     if dtype == torch.float32:
         blocks = [(32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)] if dim > 64 else [(64, 32, 4, 1), (32, 32, 4, 1)]
     elif dim <= 64:
         blocks = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 4, 3), (64, 32, 4, 3)]
     elif dim <= 128:
-        blocks = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)]
+        blocks = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2)]
+        blocks += [(64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 4, 2)]
     elif dim <= 256:
-        blocks = [(128, 32, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 1), (64, 32, 8, 2), (32, 32, 4, 1)]
+        blocks = [(128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2)]
+        blocks += [(64, 64, 4, 2), (64, 64, 8, 2)] if large else [(64, 16, 8, 2), (32, 32, 4, 2), (32, 16, 4, 2)]
     else:
-        blocks = [(64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)]
+        blocks = [(16, 32, 4, 1), (16, 16, 4, 1), (16, 32, 4, 2), (16, 16, 4, 2), (32, 16, 8, 2)]
+        blocks += [(64, 32, 8, 1), (64, 16, 8, 1)] if large else []
     if name == "dkdv":
         blocks = [(n, m, warps, stages) for m, n, warps, stages in blocks]
-    widths = (64,) if dim <= 64 or dtype == torch.float32 else (64, 128)
+    widths = [64] if dtype == torch.float32 else [64, 128]
+    if table.parts_of(dim, 64) == table.parts_of(dim, 128):
+        widths = [64]
     if family == "gfx9":  # AMD pipelines in registers: one stage less
         blocks = [(m, n, warps, min(stages, 2)) for m, n, warps, stages in blocks]
     return list(dict.fromkeys(Tile(*block, width) for block in blocks for width in widths))
@@ -72,39 +79,41 @@ def waste(tile_tokens: int, block: int) -> float:
     return executed / useful
 
 
-def rank(cell: Cell, tile: Tile) -> tuple[dict[str, float], dict[str, Any]]:
-    """Estimated cycles of a candidate by group class (lower is better), and what the estimate is made of."""
-    family, name, dtype, dim = cell
+def measure(job: tuple[Cell, Tile]) -> dict[str, Any]:
+    """A line of the log: what the compiler makes of a candidate."""
+    (family, name, dtype, dim), tile = job
+    line = {"family": family, "pass": name, "dtype": _bits(dtype), "dim": dim, "tile": tile}
+    try:
+        report = compiled.report_of(compiled.compile_pass(name, ARCHES[family], dtype, tile, 4, dim))
+    except Exception as error:  # a candidate that the compiler refuses is no candidate
+        return line | {"error": f"{type(error).__name__}: {error}"[:200]}
+    return line | report._asdict()
+
+
+def cost(line: dict[str, Any], group: int) -> float:
+    """Estimated cycles of a candidate for a useful pair, lower is better; infinite where it cannot run."""
+    if not line.get("loops"):
+        return float("inf")
+    family, name, tile = line["family"], line["pass"], Tile(*line["tile"])
     arch = ARCHES[family]
     gpu = compiled.GPUS[arch]
-    report = compiled.report_of(compiled.compile_pass(name, arch, dtype, tile, 4, dim))
-    facts = report._asdict() | {"blocks": compiled.occupancy(report, tile.num_warps, arch)}
-    if report.shared > gpu.block_shared or not report.loops or not facts["blocks"]:
-        return {}, facts
-    products = {"forward": 2, "dq": 3, "dkdv": 4}[name] * sum(table.parts_of(dim, tile.width))
-    pairs = tile.block_m * tile.block_n
-    issue = report.main.instructions * tile.num_warps / (4 * pairs)
-    tensor = products / gpu.fma if dtype != torch.float32 else 0.0
-    hiding = min(1.0, 0.5 + 0.125 * facts["blocks"] * tile.num_warps / 4)
+    loops = tuple(compiled.Loop(*loop) for loop in line["loops"])
+    report = compiled.Report(line["registers"], line["spills"], line["shared"], loops)
+    blocks = compiled.occupancy(report, tile.num_warps, arch)
+    if report.shared > gpu.block_shared or not blocks:
+        return float("inf")
+    products = {"forward": 2, "dq": 3, "dkdv": 4}[name] * sum(table.parts_of(line["dim"], tile.width))
+    issue = report.main.instructions * tile.num_warps / (4 * tile.block_m * tile.block_n)
+    tensor = products / gpu.fma if line["dtype"] == "16-bit" else 0.0
+    hiding = min(1.0, 0.5 + 0.125 * blocks * tile.num_warps / 4)
     cycles = max(issue, tensor) / hiding * (1 + report.spills / 64)
-    if report.main.shared_stores and family != "gfx9":
-        cycles *= 1.25
-    if family == "sm90" and dtype != torch.float32 and not report.main.wgmma:
+    if family in ("sm80", "sm86") and (report.main.shared_stores or report.main.barriers > 3):
         cycles *= 2
-    rows, columns = (tile.block_n, tile.block_m) if name == "dkdv" else (tile.block_m, tile.block_n)
-    costs = {}
-    for label, group in GROUPS.items():
-        tokens = rows if name == "dkdv" else rows // group
-        costs[label] = cycles * waste(tokens, columns)
-    return costs, facts
-
-
-def _try(job: tuple[Cell, Tile]) -> tuple[Cell, Tile, dict[str, float], dict[str, Any]]:
-    cell, tile = job
-    try:
-        return cell, tile, *rank(cell, tile)
-    except Exception as error:  # a candidate that the compiler refuses is no candidate
-        return cell, tile, {}, {"error": f"{type(error).__name__}: {error}"[:200]}
+    if family == "sm90" and line["dtype"] == "16-bit" and not report.main.wgmma:
+        cycles *= 2
+    if name == "dkdv":
+        return cycles * waste(tile.block_n, tile.block_m)
+    return cycles * waste(max(1, tile.block_m // group), tile.block_n)
 
 
 def _bits(dtype: torch.dtype) -> str:
@@ -125,15 +134,14 @@ def search(families: list[str], processes: int, log: Path) -> dict[tuple[str, st
     done = {(line["family"], line["pass"], line["dtype"], line["dim"], *line["tile"]) for line in known}
     jobs = [job for job in jobs if (*job[0][:2], _bits(job[0][2]), job[0][3], *job[1]) not in done]
     with ProcessPoolExecutor(processes) as pool, log.open("a") as lines:
-        for (family, name, dtype, dim), tile, costs, facts in tqdm(pool.map(_try, jobs), total=len(jobs)):
-            line = {"code": code, "family": family, "pass": name, "dtype": _bits(dtype), "dim": dim, "tile": tile}
-            known.append(line | {"cost": costs} | facts)
+        for line in tqdm(pool.map(measure, jobs), total=len(jobs)):
+            known.append({"code": code} | line)
             lines.write(json.dumps(known[-1]) + "\n")
             lines.flush()
     for line in known:
-        for group, cost in line["cost"].items():
-            key = (line["family"], line["pass"], line["dtype"], group, line["dim"])
-            entry = (cost, Tile(*line["tile"]))
+        for label, group in GROUPS.items():
+            key = (line["family"], line["pass"], line["dtype"], label, line["dim"])
+            entry = (cost(line, group), Tile(*line["tile"]))
             best[key] = min(best.get(key, entry), entry, key=lambda pair: pair[0])
     found = {key: tile for key, (_, tile) in best.items()}
     for family in families:

@@ -1,0 +1,193 @@
+"""The resource gate: `make gate` compiles every row below (about half an hour on two cores) and rewrites gate.csv.
+
+A row is a kernel as the launch table has it for a target, a dtype, head dims and a group size. What the compiler makes
+of it must keep the rules of `broken`; figures that a rule allows with a reason are in ALLOWED. gate.csv carries a hash
+of the kernels' code and of the launch table, which `make test` compares, so that a change of either is measured again.
+"""
+
+import argparse
+import csv
+import hashlib
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from tqdm import tqdm
+
+from benchmarks import compiled
+from benchmarks.compiled import GPUS
+from packattn.kernels import table
+
+PATH = Path(__file__).parent / "gate.csv"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PASSES = ("forward", "delta", "dq", "dkdv")
+HEAD_DIMS = (16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512)
+UNEVEN = ((192, 128), (576, 512))  # of queries and keys, of values
+FEATURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "softcap": (("forward", "dq", "dkdv"), {"HAS_SOFTCAP": True}),
+    "alibi": (("forward", "dq", "dkdv"), {"HAS_ALIBI": True}),
+    "dropout": (("forward", "dq", "dkdv"), {"HAS_DROPOUT": True}),
+    "sinks": (("forward", "delta"), {"HAS_SINKS": True}),
+    "gradient of lse": (("delta",), {"HAS_DLSE": True}),
+    "split": (("dkdv",), {"SPLIT": 4}),
+}
+# Targets whose tensor cores take operands from registers (mma.sync).
+MMA_SYNC = (80, 86, 89, 120)
+
+
+class Row(NamedTuple):
+    """A compiled kernel of the package."""
+
+    target: int | str
+    kernel: str
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    group: int
+    feature: str
+
+    @property
+    def tile(self) -> table.Tile:
+        family, wide = GPUS[self.target].family, max(self.head_dim, self.head_dim_v)
+        kernel = "forward" if self.kernel == "delta" else self.kernel
+        return table.tile_for(family, kernel, wide, DTYPES[self.dtype], self.group)
+
+
+class Allowed(NamedTuple):
+    """Spills in bytes a thread that a set of rows may have, and why."""
+
+    kernels: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    head_dims: range
+    bytes: int
+    reason: str
+
+
+ALLOWED: tuple[Allowed, ...] = ()
+
+
+def rows() -> list[Row]:
+    """Every row, in the order of the CSV."""
+    found = []
+    for target in GPUS:
+        for kernel in PASSES:
+            for dtype in ("bf16", "fp32"):
+                for dim, dim_v in [(dim, dim) for dim in HEAD_DIMS] + list(UNEVEN):
+                    alone, grouped = (Row(target, kernel, dtype, dim, dim_v, group, "") for group in (1, 4))
+                    found += [grouped] if alone.tile == grouped.tile or kernel == "delta" else [alone, grouped]
+            found += [Row(target, kernel, "fp16", dim, dim, 4, "") for dim in (64, 128)]
+            for feature, (kernels, _) in FEATURES.items():
+                if kernel in kernels:
+                    found += [Row(target, kernel, "bf16", dim, dim, 4, feature) for dim in (64, 128)]
+    return found
+
+
+def code_hash() -> str:
+    """What gate.csv was measured on: the kernels' code, the tiles, the compiler."""
+    text = f"{compiled.source_hash()} {sorted(table.TABLE.items())} {triton.__version__}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """The figures of a row: bytes a thread, a block and counts of the main loop; of a kernel without loop, zeros."""
+    tile = row.tile
+    kernel = compiled.compile_pass(
+        row.kernel, row.target, DTYPES[row.dtype], tile, row.group, row.head_dim, row.head_dim_v,
+        **(FEATURES[row.feature][1] if row.feature else {}),
+    )  # fmt: skip
+    report = compiled.report_of(kernel)
+    main = report.main if report.loops else compiled.Loop(0, 0, 0, 0, 0, 0)
+    return {
+        "tile": f"{tile.block_m}x{tile.block_n}/{tile.num_warps}/{tile.num_stages}/{tile.width}",
+        "registers": report.registers,
+        "spills": report.spills,
+        "shared": report.shared,
+        "blocks": compiled.occupancy(report, tile.num_warps, row.target),
+        **main._asdict(),
+    }
+
+
+def allowed(row: Row) -> Allowed | None:
+    """The entry of ALLOWED for a row, the first that fits."""
+    for entry in ALLOWED:
+        if row.kernel in entry.kernels and row.dtype in entry.dtypes and row.head_dim in entry.head_dims:
+            return entry
+    return None
+
+
+def broken(row: Row, figures: dict[str, Any]) -> list[str]:
+    """The rules that the figures of a row break."""
+    problems = []
+    half = row.dtype != "fp32"
+    products = row.kernel != "delta"
+    rows_of_tile = row.tile.block_n if row.kernel == "dkdv" else row.tile.block_m
+    limit = GPUS[row.target].block_shared
+    if figures["shared"] > limit:
+        problems.append(f"{figures['shared']} bytes of shared memory, the device has {limit}")
+    if figures["blocks"] < 1:
+        problems.append("no block fits a multiprocessor")
+    entry = allowed(row)
+    most = entry.bytes if entry else 0
+    if row.kernel == "forward" and half and rows_of_tile >= 64:
+        most = 0
+    if figures["spills"] > most:
+        problems.append(f"{figures['spills']} bytes of spills a thread, allowed are {most}")
+    if products and half and row.target in MMA_SYNC:
+        if figures["barriers"] > 3:
+            problems.append(f"{figures['barriers']} barriers in the main loop, allowed are 3")
+        if figures["shared_stores"]:
+            problems.append(f"{figures['shared_stores']} stores to shared memory in the main loop")
+    if products and half and row.target == 90 and not figures["wgmma"]:
+        problems.append("no wgmma in the main loop")
+    return problems
+
+
+def read() -> tuple[str, dict[Row, dict[str, Any]]]:
+    """The hash and the figures of gate.csv."""
+    with PATH.open() as file:
+        code = file.readline().split()[-1]
+        lines = list(csv.DictReader(file))
+    found = {}
+    for line in lines:
+        target = int(line["target"]) if line["target"].isdigit() else line["target"]
+        row = Row(target, line["kernel"], line["dtype"], *(int(line[n]) for n in Row._fields[3:6]), line["feature"])
+        rest = {name: value for name, value in line.items() if name not in Row._fields}
+        found[row] = {name: int(value) if value.isdigit() else value for name, value in rest.items()}
+    return code, found
+
+
+def write(found: dict[Row, dict[str, Any]]) -> None:
+    """Rewrite gate.csv, each row with the spills that it may have and the reason."""
+    with PATH.open("w", newline="") as file:
+        file.write(f"# hash of the kernels, the launch table and the compiler: {code_hash()}\n")
+        names = [*Row._fields, *next(iter(found.values())), "allowed_spills", "reason"]
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for row, figures in found.items():
+            entry = allowed(row) if figures["spills"] else None
+            extra = {"allowed_spills": entry.bytes if entry else 0, "reason": entry.reason if entry else ""}
+            writer.writerow(row._asdict() | figures | extra)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    todo = rows()
+    with ProcessPoolExecutor(options.processes) as pool:
+        found = dict(zip(todo, tqdm(pool.map(measure, todo, chunksize=4), total=len(todo)), strict=True))
+    write(found)
+    failed = 0
+    for row, figures in found.items():
+        for problem in broken(row, figures):
+            failed += 1
+            print(f"{' '.join(map(str, row))} ({figures['tile']}): {problem}")
+    print(f"{len(found)} rows, {failed} broken rules; written to {PATH}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
