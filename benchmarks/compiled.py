@@ -65,6 +65,7 @@ class Loop(NamedTuple):
     shuffles: int
     shared_stores: int
     wgmma: int
+    wavefronts: int  # of shared memory, 128 bytes each, without conflicts; 0 on AMD targets
 
 
 class Report(NamedTuple):
@@ -212,5 +213,16 @@ def _loops(code: str, instruction: str, label: str, branch: str) -> tuple[Loop, 
                     "HGMMA",
                 )
             )
-            loops.append(Loop(len(body), products, *counts))
+            loops.append(Loop(len(body), products, *counts, sum(map(_wavefronts, body))))
     return tuple(loops)
+
+
+def _wavefronts(line: str) -> int:
+    """Wavefronts of shared memory that an instruction of a warp takes."""
+    if found := re.search(r"\bLDSM\.16\.MT?88(?:\.(\d))?", line):
+        return int(found[1] or 1)
+    if re.search(r"\bSHFL", line):
+        return 1
+    if found := re.search(r"\b(?:LDGSTS|LDS|STS)\b(\S*)", line):
+        return 4 if ".128" in found[1] else 2 if ".64" in found[1] else 1
+    return 0

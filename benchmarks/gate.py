@@ -99,7 +99,7 @@ def measure(row: Row) -> dict[str, Any]:
         **(FEATURES[row.feature][1] if row.feature else {}),
     )  # fmt: skip
     report = compiled.report_of(kernel)
-    main = report.main if report.loops else compiled.Loop(0, 0, 0, 0, 0, 0)
+    main = report.main if report.loops else compiled.Loop(0, 0, 0, 0, 0, 0, 0)
     return {
         "tile": f"{tile.block_m}x{tile.block_n}/{tile.num_warps}/{tile.num_stages}/{tile.width}",
         "registers": report.registers,

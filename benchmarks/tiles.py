@@ -3,11 +3,12 @@
 Without a GPU each candidate is compiled for its family and ranked by an estimate of the cycles of one multiprocessor
 for a useful pair of query and key:
 
-    cycles = waste * max(issue, tensor) / hiding
+    cycles = waste * max(issue, tensor, shared) / hiding
 
 waste    executed over useful pairs of this tile on real lengths (math, short tasks and functions capped at 4,096)
 issue    instructions of the main loop * warps / (4 schedulers * pairs of a tile)
 tensor   multiply-adds of a pair, parts of the head dim included, over the rate of the tensor cores
+shared   wavefronts of shared memory of the main loop * warps / pairs of a tile
 hiding   how well resident warps hide latency: 0.5 + 0.125 * warps of a scheduler, at most 1
 
 A candidate that does not fit is out; one that spills, stores to shared memory or waits at more than three barriers in
@@ -106,7 +107,9 @@ def cost(line: dict[str, Any], group: int) -> float:
     issue = report.main.instructions * tile.num_warps / (4 * tile.block_m * tile.block_n)
     tensor = products / gpu.fma if line["dtype"] == "16-bit" else 0.0
     hiding = min(1.0, 0.5 + 0.125 * blocks * tile.num_warps / 4)
-    cycles = max(issue, tensor) / hiding * (1 + report.spills / 64)
+    # wgmma and tcgen05 read shared memory themselves, as fast as they multiply
+    through_shared = report.main.wavefronts * tile.num_warps / (tile.block_m * tile.block_n)
+    cycles = max(issue, tensor, through_shared) / hiding * (1 + report.spills / 64)
     if family in ("sm80", "sm86") and (report.main.shared_stores or report.main.barriers > 3):
         cycles *= 2
     if family == "sm90" and line["dtype"] == "16-bit" and not report.main.wgmma:

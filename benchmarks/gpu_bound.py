@@ -1,0 +1,189 @@
+"""Speed bounded, not timed: what the counts of our compiled kernels allow on an A100, an A10 and an RTX 4090.
+
+The launches of one training step, bound by Triton's own JIT, run in the PTX emulator with its profile on, on lengths
+drawn from the real sets (up to 4,096 tokens each). Counts over published throughputs give a lower bound of the time:
+it knows no latency, and is an aid to comparison. Beside them runs plain.py, a kernel of the FlashAttention-2 kind.
+
+limit    the resource that sets the bound        idle     share of the SMs' time lost to uneven tiles and their order
+tensor   share of the tensor peak at the bound   bank     wavefronts of shared memory over those without conflicts
+bytes    share of the bytes of touched sectors that was asked for        tiles    programs a multiprocessor
+"""
+
+import argparse
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import packattn
+from benchmarks import emulated, packs, plain
+from packattn import PackedMask
+from packattn.kernels import launch
+
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "ptxemu"))
+import ptx_bound
+from ptxemu import Profile, run_triton
+
+# A kernel compiled for sm_86 stands for sm_89 too: the tiles and the PTX are the same.
+ARCHES = {"A100": 80, "A10": 86, "RTX 4090": 86}
+SETS = ("math", "short tasks")
+
+
+class Shape(NamedTuple):
+    """Heads of a model: SmolLM2-135M, and one key head of eight of Llama-3-8B."""
+
+    heads_q: int
+    heads_k: int
+    head_dim: int
+
+
+SHAPES = {"head dim 64, 9 heads on 3": Shape(9, 3, 64), "head dim 128, 8 heads on 2": Shape(8, 2, 128)}
+
+
+def _tensors(tokens: int, shape: Shape) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape.heads_q, shape.heads_k, shape.heads_k, shape.heads_q)
+    return [torch.randn(tokens, n, shape.head_dim, generator=generator).bfloat16() for n in sizes]
+
+
+def profile_ours(lengths: list[int], shape: Shape, arch: int, ordered: bool = True) -> dict[str, Profile]:
+    """The profiles of the launches of a step: forward, delta, dq, dkdv."""
+    q, k, v, dout = _tensors(sum(lengths), shape)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    profiles: dict[str, Profile] = {}
+
+    def run(compiled: Any, grid: tuple[int, ...], names: list[str], values: list[Any]) -> None:
+        kind = compiled.metadata.name.removeprefix("_").removesuffix("_kernel").removeprefix("bwd_")
+        profiles[kind.replace("fwd", "forward")] = profile = Profile(kind)
+        emulated.emulate(compiled, grid, names, values, profile=profile)
+
+    mask = PackedMask.causal(lengths=lengths)
+    with emulated.launches(arch, run):
+        if ordered:
+            order = launch.launch_order(*mask[:4], *shape, shape.head_dim, q.dtype)
+            mask = mask._replace(order=order)
+        out = packattn.packed_attention(q, k, v, mask, backend="triton")
+        torch.autograd.grad(out, (q, k, v), dout)
+    return profiles
+
+
+def profile_plain(lengths: list[int], shape: Shape, arch: int) -> dict[str, Profile]:
+    """The profiles of plain.py: forward, backward."""
+    q, k, v, dout = _tensors(sum(lengths), shape)
+    tokens = sum(lengths)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    rows = torch.zeros(2, shape.heads_q, tokens)
+    common: dict[str, Any] = {"cu_ptr": ends, "tokens": tokens, "heads": shape.heads_q, "scale": shape.head_dim**-0.5}
+    constants = {"GROUP": shape.heads_q // shape.heads_k, "D": shape.head_dim}
+    profiles = {"forward": Profile("forward"), "backward": Profile("backward")}
+    heads = shape.heads_q
+    warps = 4 if shape.head_dim <= 64 else 8
+    run_triton(
+        plain.plain_forward, (-(-max(lengths) // 128), heads, len(lengths)),
+        {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": torch.empty_like(q), "lse_ptr": rows[0]} | common,
+        constants | {"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=warps, num_stages=2, arch=arch,
+        profile=profiles["forward"],
+    )  # fmt: skip
+    dq, dk, dv = torch.zeros(q.shape), torch.empty_like(q), torch.empty_like(q)
+    run_triton(
+        plain.plain_backward, (-(-max(lengths) // 128), heads, len(lengths)),
+        {"q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout, "lse_ptr": rows[0], "delta_ptr": rows[1], "dq_ptr": dq,
+         "dk_ptr": dk, "dv_ptr": dv} | common,
+        constants | {"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=8, num_stages=2, arch=arch,
+        profile=profiles["backward"],
+    )  # fmt: skip
+    return profiles
+
+
+def conflicts(profile: Profile) -> float:
+    """Wavefronts of shared memory over those that it would take without bank conflicts."""
+    least = profile.total("minimum")
+    return profile.total("wavefronts") / least if least else 1.0
+
+
+def bytes_used(profile: Profile) -> float:
+    """Share of the bytes of the touched sectors of global memory that was asked for."""
+    names = [
+        name.removesuffix(" sectors") for name in profile.counts if name.startswith("global") and "sectors" in name
+    ]
+    asked, touched = (sum(profile[f"{name} {what}"] for name in names) for what in ("bytes", "sectors"))
+    return asked / (32 * touched)
+
+
+def figures(profile: Profile, gpu: ptx_bound.GPU) -> dict[str, Any]:
+    """A line of the report."""
+    made = ptx_bound.bound(profile, gpu)
+    return {
+        "microseconds": made.time * 1e6, "limit": made.limit, "idle": made.idle, "tensor": made.tensor_share,
+        "bank": conflicts(profile), "bytes": bytes_used(profile), "tiles": profile.ctas / gpu.sms,
+        "times": {name: seconds * 1e6 for name, seconds in made.times.items()},
+    }  # fmt: skip
+
+
+def _run(job: tuple[str, list[int], str, int, str]) -> tuple[tuple[str, str, int, str], dict[str, Profile]]:
+    name, lengths, shape, arch, kind = job
+    profile = profile_plain if kind == "plain" else partial(profile_ours, ordered=kind == "ours")
+    return (name, shape, arch, kind), profile(lengths, SHAPES[shape], arch)
+
+
+def report(profiles: dict[tuple[str, str, int, str], dict[str, Profile]]) -> list[dict[str, Any]]:
+    """Print the table; its lines as a list."""
+    lines = []
+    for name, shape in dict.fromkeys((key[0], key[1]) for key in profiles):
+        for gpu, arch in ARCHES.items():
+            print(f"\n{name}, {shape}, {gpu}: lower bounds from counts, not timings")
+            print(
+                f"{'':24}{'us':>8} {'limit':10}{'idle':>6}{'tensor':>8}{'bank':>7}{'bytes':>7}{'tiles':>7}   us of each"
+            )
+            totals = {}
+            for kind in ("ours", "as they lie", "plain"):
+                found = profiles.get((name, shape, arch, kind))
+                if found is None:
+                    continue
+                for kernel, profile in found.items():
+                    line = figures(profile, ptx_bound.GPUS[gpu])
+                    lines.append({"set": name, "shape": shape, "gpu": gpu, "kind": kind, "kernel": kernel} | line)
+                    times = " ".join(f"{unit} {value:.1f}" for unit, value in line["times"].items() if value >= 0.05)
+                    print(
+                        f"{kind + ' ' + kernel:24}{line['microseconds']:8.1f} {line['limit']:10}{line['idle']:6.0%}"
+                        f"{line['tensor']:8.0%}{line['bank']:7.2f}{line['bytes']:7.0%}{line['tiles']:7.1f}   {times}"
+                    )
+                    totals.setdefault(kind, []).append(line["microseconds"])
+            if "ours" in totals and "plain" in totals:
+                forward = totals["plain"][0] / totals["ours"][0]
+                step = sum(totals["plain"]) / sum(totals["ours"])
+                print(f"plain over ours: forward {forward:.2f}x, forward and backward {step:.2f}x")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192, help="length of the stream")
+    parser.add_argument("--sets", nargs="+", choices=packs.NAMES, default=list(SETS))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("out/gpu_bound.json"))
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    drawn = {name: packs.draw(name, options.tokens, 4096) for name in options.sets}
+    jobs = [
+        (name, lengths, shape, arch, kind)
+        for name, lengths in drawn.items()
+        for shape in options.shapes
+        for arch in dict.fromkeys(ARCHES.values())
+        for kind in ("ours", "as they lie", "plain")
+        if kind != "as they lie" or arch == 80
+    ]
+    with ProcessPoolExecutor(options.processes) as pool:
+        profiles = dict(tqdm(pool.map(_run, jobs), total=len(jobs)))
+    options.out.write_text(json.dumps(report(profiles), indent=1))
+    print(f"\nall figures: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
