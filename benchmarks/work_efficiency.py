@@ -50,15 +50,16 @@ def _useful(lengths: np.ndarray, group: int) -> int:
     return int((lengths * (lengths + 1) // 2).sum()) * group
 
 
-def packed_tiles(lengths: np.ndarray, group: int, rows: int, tile_tokens: int, block: int, keys: bool) -> Work:
-    """Tiles of tile_tokens of the stream and `rows` rows; with `keys` they hold keys, and the heads are a loop."""
+def packed_tiles(lengths: np.ndarray, group: int, rows: int, block: int, keys: bool) -> Work:
+    """Tiles of `rows` of the stream, a row for each head of a query; with `keys` they hold keys, the heads are a loop."""
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     ends = starts + np.repeat(lengths, lengths)
     index = np.arange(len(starts))
     low, high = (index, ends) if keys else (starts, index + 1)
-    first = np.arange(0, len(starts), tile_tokens)
-    last = np.minimum(first + tile_tokens, len(starts)) - 1
-    executed = int(_blocks(high[last] - low[first], block).sum()) * block * rows * (group if keys else 1)
+    each = 1 if keys else group
+    first = np.arange(0, len(starts) * each, rows)
+    last = np.minimum((first + rows - 1) // each, len(starts) - 1)
+    executed = int(_blocks(high[last] - low[first // each], block).sum()) * block * rows * (group // each)
     return Work(_useful(lengths, group), executed, len(first), len(first))
 
 
@@ -102,10 +103,10 @@ def count(scheme: str, lengths: np.ndarray, group: int, dim: int, family: str) -
             tile_for(family, name, dim, torch.bfloat16, group) for name in ("forward", "dq", "dkdv")
         )
         forward, dq = (
-            packed_tiles(lengths, group, tile.block_m, tile.block_m // group, tile.block_n, keys=False)
+            packed_tiles(lengths, group, tile.block_m, tile.block_n, keys=False)
             for tile in (forward_tile, dq_tile)
         )
-        dkdv = packed_tiles(lengths, group, dkdv_tile.block_n, dkdv_tile.block_n, dkdv_tile.block_m, keys=True)
+        dkdv = packed_tiles(lengths, group, dkdv_tile.block_n, dkdv_tile.block_m, keys=True)
         # Both passes go over the useful pairs, 3 and 4 products each: the mean by products.
         executed = (3 * dq.executed + 4 * dkdv.executed) // 7
         launched = dq.launched + dkdv.launched

@@ -160,12 +160,10 @@ def test_the_order_of_the_tiles_is_by_work_and_changes_no_bit(emulator):
     mask = PackedMask.causal(lengths=lengths)
     order = launch.launch_order(*mask[:4], 2, 1, 16, 16, torch.bfloat16)
     plan = launch.plan(273, 2, 1, 16, 16, torch.bfloat16, torch.device("cpu"))
-    counts = [-(-273 // step) for step in plan.tile_tokens]
-    for tiles, count, step, (start, end) in zip(
-        order.split(counts), counts, plan.tile_tokens, (mask[:2], mask[:2], mask[2:4]), strict=True
-    ):
-        assert sorted(tiles.tolist()) == list(range(count))
-        work = [int(end[min(t * step + step, 273) - 1] - start[t * step]) for t in tiles.tolist()]
+    spans = (mask[:2], mask[:2], mask[2:4])
+    for tiles, (rows, each), (start, end) in zip(order.split(plan.tiles(273, 273)), plan.rows, spans, strict=True):
+        assert sorted(tiles.tolist()) == list(range(-(-273 * each // rows)))
+        work = [int(end[min((t * rows + rows - 1) // each, 272)] - start[t * rows // each]) for t in tiles.tolist()]
         assert work == sorted(work, reverse=True)
     case = Case("", lengths)
     q, k, v, *_ = case.tensors(torch.bfloat16, "cpu")

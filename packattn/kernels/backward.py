@@ -99,15 +99,14 @@ def _bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    TILE_TOKENS: tl.constexpr = BLOCK_M // GROUP
     tile, head_k = program_tile(order_ptr, heads_k, HAS_ORDER)
-    m0 = tile * TILE_TOKENS
-    last = tl.minimum(m0 + TILE_TOKENS, tokens) - 1
+    m0 = tile * BLOCK_M // GROUP
+    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
 
-    row = tl.arange(0, BLOCK_M)
+    row = tile * BLOCK_M - m0 * GROUP + tl.arange(0, BLOCK_M)  # counted from the first head of token m0
     token = m0 + row // GROUP
     head = head_k * GROUP + row % GROUP
-    inside = (row < TILE_TOKENS * GROUP) & (token <= last)
+    inside = token < tokens
     at, head0 = tl.cast(m0, tl.int64), tl.cast(head_k, tl.int64) * GROUP
     q_rows = row // GROUP * stride_qt + row % GROUP * stride_qh
     dout_rows = row // GROUP * stride_dot + row % GROUP * stride_doh

@@ -4,9 +4,9 @@
     p_ij = exp(s_ij - lse_i) where k_start_i <= j < k_end_i, else 0                               (1), (5)
     out_i = sum_j p_ij v_j          lse_i = log sum_j exp(s_ij)                                   (5), (6)
 
-A program owns TILE_TOKENS = BLOCK_M // GROUP tokens of the packed stream with all GROUP query heads that read its key
-head: row r is token m0 + r // GROUP, head r % GROUP. So short sequences fill the tile, and K and V are read once for
-the group. A tile may straddle sequences. Its keys are visited in two loops with one body:
+A program owns BLOCK_M rows of the packed stream and one key head: row r is token r // GROUP with query head r % GROUP
+of the GROUP that read this key head. So short sequences fill the tile, and K and V are read once for the group. A tile
+may begin within a token and straddle sequences. Its keys are visited in two loops with one body:
 
     without a mask   keys that all rows see; or, in a tile with several sequences, the keys before the second one,
                      which the rows of the first all see: the other rows are reset to nothing afterwards
@@ -86,15 +86,14 @@ def _fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    TILE_TOKENS: tl.constexpr = BLOCK_M // GROUP
     tile, head_k = program_tile(order_ptr, heads_k, HAS_ORDER)
-    m0 = tile * TILE_TOKENS
-    last = tl.minimum(m0 + TILE_TOKENS, tokens) - 1
+    m0 = tile * BLOCK_M // GROUP
+    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
 
-    row = tl.arange(0, BLOCK_M)
+    row = tile * BLOCK_M - m0 * GROUP + tl.arange(0, BLOCK_M)  # counted from the first head of token m0
     token = m0 + row // GROUP
     head = head_k * GROUP + row % GROUP
-    inside = (row < TILE_TOKENS * GROUP) & (token <= last)
+    inside = token < tokens
     at, head0 = tl.cast(m0, tl.int64), tl.cast(head_k, tl.int64) * GROUP
     q_rows = row // GROUP * stride_qt + row % GROUP * stride_qh
     q = load_tile(q_ptr + at * stride_qt + head0 * stride_qh, q_rows, 1, inside, HEAD_DIM, PARTS, True)

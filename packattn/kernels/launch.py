@@ -28,9 +28,16 @@ class Plan(NamedTuple):
     split: int
 
     @property
-    def tile_tokens(self) -> tuple[int, int, int]:
-        """Tokens of a tile: queries for forward and dQ, keys for dK/dV."""
-        return self.forward.block_m // self.group, self.dq.block_m // self.group, self.dkdv.block_n
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        """(rows of a tile, rows of a token) of forward, dQ and dK/dV: queries have a row for each head of a group."""
+        return (self.forward.block_m, self.group), (self.dq.block_m, self.group), (self.dkdv.block_n, 1)
+
+    def tiles(self, tokens: int, tokens_k: int) -> tuple[int, int, int]:
+        """Tiles of forward, dQ and dK/dV."""
+        forward, dq, dkdv = (
+            triton.cdiv(n * each, rows) for n, (rows, each) in zip((tokens, tokens, tokens_k), self.rows, strict=True)
+        )
+        return forward, dq, dkdv
 
 
 def plan(tokens_k: int, heads_q: int, heads_k: int, head_dim: int, head_dim_v: int, dtype: torch.dtype,
@@ -58,16 +65,16 @@ def launch_order(
     made = plan(q_start.shape[0], heads_q, heads_k, head_dim, head_dim_v, dtype, k_start.device)
     spans = ((k_start, k_end), (k_start, k_end), (q_start, q_end))
     orders = []
-    for (start, end), step in zip(spans, made.tile_tokens, strict=True):
-        first = torch.arange(0, start.shape[0], step, device=start.device)
-        last = (first + step - 1).clamp(max=start.shape[0] - 1)
-        orders.append(torch.argsort(end[last] - start[first], descending=True, stable=True).int())
+    for (start, end), (rows, each) in zip(spans, made.rows, strict=True):
+        first = torch.arange(0, start.shape[0] * each, rows, device=start.device)
+        last = ((first + rows - 1) // each).clamp(max=start.shape[0] - 1)
+        orders.append(torch.argsort(end[last] - start[first // each], descending=True, stable=True).int())
     return torch.cat(orders)
 
 
 def _order_of(order: Tensor | None, plan: Plan, tokens: int, tokens_k: int) -> tuple[Tensor | None, ...]:
     """The orders of forward, dQ and dK/dV, or None where there is none that fits."""
-    counts = [triton.cdiv(n, step) for n, step in zip((tokens, tokens, tokens_k), plan.tile_tokens, strict=True)]
+    counts = plan.tiles(tokens, tokens_k)
     if order is None or order.shape[0] != sum(counts):
         return None, None, None
     forward, dq, dkdv = order.split(counts)
@@ -141,7 +148,7 @@ def forward(
     tiles = _order_of(order, made, tokens, k.shape[0])[0]
     shared = _shared(q, k, v, alibi_slopes, anchors, seed, softmax_scale, softcap, dropout_p)
     with _on(q.device):
-        _fwd_kernel[(triton.cdiv(tokens, made.tile_tokens[0]) * k.shape[1],)](
+        _fwd_kernel[(made.tiles(tokens, k.shape[0])[0] * k.shape[1],)](
             q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, k_start_ptr=k_start, k_end_ptr=k_end,
             order_ptr=tiles, sinks_ptr=sinks, stride_ot=out.stride(0), stride_oh=out.stride(1),
             HAS_ORDER=tiles is not None, HAS_SINKS=sinks is not None, **shared, **_tile_options(made.forward, shared),
@@ -176,7 +183,7 @@ def backward(
                 out.stride(1), dout.stride(0), dout.stride(1), tokens, HEAD_DIM_V=v.shape[2],
                 PARTS_V=options["PARTS_V"], BLOCK_M=_DELTA_ROWS, HAS_DLSE=dlse is not None,
             )  # fmt: skip
-            _bwd_dq_kernel[(triton.cdiv(tokens, made.tile_tokens[1]) * heads_k,)](
+            _bwd_dq_kernel[(made.tiles(tokens, tokens_k)[1] * heads_k,)](
                 dq_ptr=dq, k_start_ptr=k_start, k_end_ptr=k_end, order_ptr=tiles_q, stride_dqt=dq.stride(0),
                 stride_dqh=dq.stride(1), HAS_ORDER=tiles_q is not None, **saved, **shared, **options,
             )  # fmt: skip
@@ -186,7 +193,7 @@ def backward(
                 x.new_empty(made.split, *x.shape, dtype=torch.float32) for x in (dk, dv)
             )  # fmt: skip
             (dks, dkt, dkh), (dvs, dvt, dvh) = ((0, *x.stride())[-4:-1] for x in shares)
-            _bwd_dkdv_kernel[(triton.cdiv(tokens_k, made.tile_tokens[2]) * heads_k * made.split,)](
+            _bwd_dkdv_kernel[(made.tiles(tokens, tokens_k)[2] * heads_k * made.split,)](
                 dk_ptr=shares[0], dv_ptr=shares[1], q_start_ptr=q_start, q_end_ptr=q_end, order_ptr=tiles_k,
                 stride_dks=dks, stride_dkt=dkt, stride_dkh=dkh, stride_dvs=dvs, stride_dvt=dvt, stride_dvh=dvh,
                 SPLIT=made.split, HAS_ORDER=tiles_k is not None, **saved, **shared,

@@ -121,11 +121,7 @@ def tile_for(family: str, kernel: str, dim: int, dtype: torch.dtype, group: int)
     """The tile of a pass: "forward", "dq" or "dkdv"; dim is the larger head dim, at most LARGEST_HEAD_DIM."""
     column = next(wide for wide in DIMS if wide >= dim)
     bits = "32-bit" if dtype == torch.float32 else "16-bit"
-    tile = TABLE[family, kernel, bits, "alone" if group == 1 else "grouped", column]
-    if kernel != "dkdv":
-        # The rows of a tile hold all query heads of a group, of at least one token.
-        tile = tile._replace(block_m=max(tile.block_m, int(triton.next_power_of_2(group))))
-    return tile
+    return TABLE[family, kernel, bits, "alone" if group == 1 else "grouped", column]
 
 
 def parts_of(dim: int, width: int) -> tuple[int, ...]:
