@@ -51,7 +51,7 @@ def _useful(lengths: np.ndarray, group: int) -> int:
 
 
 def packed_tiles(lengths: np.ndarray, group: int, rows: int, block: int, keys: bool) -> Work:
-    """Tiles of `rows` of the stream, a row for each head of a query; with `keys` they hold keys, the heads are a loop."""
+    """Tiles of `rows` of the stream, a row for each head of a query; with `keys` keys."""
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     ends = starts + np.repeat(lengths, lengths)
     index = np.arange(len(starts))
@@ -103,8 +103,7 @@ def count(scheme: str, lengths: np.ndarray, group: int, dim: int, family: str) -
             tile_for(family, name, dim, torch.bfloat16, group) for name in ("forward", "dq", "dkdv")
         )
         forward, dq = (
-            packed_tiles(lengths, group, tile.block_m, tile.block_n, keys=False)
-            for tile in (forward_tile, dq_tile)
+            packed_tiles(lengths, group, tile.block_m, tile.block_n, keys=False) for tile in (forward_tile, dq_tile)
         )
         dkdv = packed_tiles(lengths, group, dkdv_tile.block_n, dkdv_tile.block_m, keys=True)
         # Both passes go over the useful pairs, 3 and 4 products each: the mean by products.

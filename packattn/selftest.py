@@ -15,7 +15,7 @@ from torch import Tensor
 
 from packattn import reference
 from packattn.attention import Backend, packed_attention_with_lse
-from packattn.boundaries import boundaries
+from packattn.boundaries import Boundaries, boundaries
 from packattn.mask import PackedMask
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -50,6 +50,33 @@ def assert_accurate(name: str, actual: Tensor, truth: Tensor, naive: Tensor, ter
     )
 
 
+def _chunked(found: Boundaries, size: int) -> PackedMask:
+    index = torch.arange(found.seq_start.numel(), dtype=torch.int32)
+    return PackedMask.chunked(found, size, index - found.seq_start)
+
+
+def _images(found: Boundaries, size: int) -> PackedMask:
+    """Every second `size` tokens of a sequence see each other, as the tokens of an image do."""
+    block = (torch.arange(found.seq_start.numel(), dtype=torch.int32) - found.seq_start) // size
+    return PackedMask.causal(found, blocks=torch.where(block % 2 == 1, block, -1))
+
+
+def _prefix(found: Boundaries, size: int) -> PackedMask:
+    """The first `size` tokens of a sequence see each other."""
+    index = torch.arange(found.seq_start.numel(), dtype=torch.int32)
+    return PackedMask.causal(found, blocks=torch.where(index - found.seq_start < size, 0, -1))
+
+
+# What `window` means to each: tokens visible, distance visible, chunk, tokens of an image, tokens of a prefix.
+_MASKS: dict[str, Callable[[Boundaries, Any], PackedMask]] = {
+    "causal": lambda found, size: PackedMask.causal(found, window=size),
+    "bidirectional": lambda found, size: PackedMask.bidirectional(found, window=size),
+    "chunked": _chunked,
+    "images": _images,
+    "prefix": _prefix,
+}
+
+
 @dataclass
 class Case:
     """One named attention problem; every row of the table is there for a reason."""
@@ -74,8 +101,7 @@ class Case:
         if self.spans is not None:
             k_start, k_end = (torch.tensor(s, dtype=torch.int32, device=device) for s in self.spans[:2])
             return PackedMask.from_spans(k_start, k_end, self.spans[2])
-        make = PackedMask.causal if self.mask == "causal" else PackedMask.bidirectional
-        mask = make(lengths=self.lengths, window=self.window)
+        mask = _MASKS[self.mask](Boundaries.from_lengths(self.lengths), self.window)
         return PackedMask(*(x.to(device) for x in mask[:4]))
 
     def tensors(self, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
@@ -140,6 +166,9 @@ CASES = [
     Case("window longer than all", [50, 30], window=500),
     Case("bidirectional", [50, 1, 90, 30], mask="bidirectional"),
     Case("bidirectional window", [100, 30, 70], mask="bidirectional", window=9),
+    Case("chunks", [100, 3, 70], mask="chunked", window=32),
+    Case("image blocks", [100, 30, 70], mask="images", window=20),
+    Case("prefixes", [100, 30, 7], mask="prefix", window=24),
     Case("softcap", [50, 70], softcap=2.0),
     Case("sinks", [50, 70], sinks=True, heads_q=4),
     Case("softcap, sinks, window", [100, 70], softcap=5.0, sinks=True, window=30),

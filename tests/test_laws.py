@@ -182,6 +182,34 @@ def test_law_6_the_path_without_a_compiler_is_linear_in_the_tokens():
     assert largest[2048] < 2048 * 2048
 
 
+def test_law_7_offsets_pass_two_to_the_31_elements(backend, device, tmp_path):
+    if device != "cpu":
+        pytest.skip("the view would need gigabytes of a GPU")
+    # The heads of q are 2^30 elements apart, in a file of which only the pages that are touched exist.
+    step, case = 2**30, Case("", [20, 13], heads_q=3)
+    tensors = case.tensors(torch.float16, device)
+    wide = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * step + 33 * 16, dtype=torch.float16)
+    far = wide.as_strided((33, 3, 16), (16, step, 1))
+    for head in range(3):
+        far[:, head] = tensors[0][:, head]
+    expected, found = (
+        run(packed(backend), case, torch.float16, device),
+        run_on(packed(backend), case, [far, *tensors[1:]], device),
+    )
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_law_7_a_token_stride_that_would_wrap_is_refused(monkeypatch):
+    from packattn.kernels import launch
+
+    monkeypatch.setattr(launch, "isinstance", lambda *_: False, raising=False)  # as in the interpreter
+    near, far = (torch.empty(1, dtype=torch.float16).as_strided((1, 2, 16), (step, 0, 0)) for step in (16, 2**24))
+    launch._check(near, near, near)
+    with pytest.raises(NotImplementedError, match="token stride of 16777216 elements"):
+        launch._check(near, far, near)
+
+
 def test_law_8_a_named_backend_never_falls_back(monkeypatch):
     q = torch.zeros(4, 2, 16, dtype=torch.float64)
     mask = PackedMask.causal(lengths=[4])

@@ -108,8 +108,8 @@ def _bwd_dq_kernel(
     head = head_k * GROUP + row % GROUP
     inside = token < tokens
     at, head0 = tl.cast(m0, tl.int64), tl.cast(head_k, tl.int64) * GROUP
-    q_rows = row // GROUP * stride_qt + row % GROUP * stride_qh
-    dout_rows = row // GROUP * stride_dot + row % GROUP * stride_doh
+    q_rows = row // GROUP * stride_qt + tl.cast(row % GROUP, tl.int64) * stride_qh
+    dout_rows = row // GROUP * stride_dot + tl.cast(row % GROUP, tl.int64) * stride_doh
     q = load_tile(q_ptr + at * stride_qt + head0 * stride_qh, q_rows, 1, inside, HEAD_DIM, PARTS, True)
     dout_base = dout_ptr + at * stride_dot + head0 * stride_doh
     dout = load_tile(dout_base, dout_rows, 1, inside, HEAD_DIM_V, PARTS_V, True)
@@ -148,7 +148,7 @@ def _bwd_dq_kernel(
         HEAD_DIM_V, PARTS_V, BLOCK_N, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, PRECISION, True,
     )  # fmt: skip
 
-    dq_rows = row // GROUP * stride_dqt + row % GROUP * stride_dqh
+    dq_rows = row // GROUP * stride_dqt + tl.cast(row % GROUP, tl.int64) * stride_dqh
     factor = tl.zeros([BLOCK_M], tl.float32) + scale
     store_tile(dq_ptr + at * stride_dqt + head0 * stride_dqh, dq_rows, 1, inside, dq, factor, HEAD_DIM, PARTS)
 

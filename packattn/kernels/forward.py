@@ -95,7 +95,7 @@ def _fwd_kernel(
     head = head_k * GROUP + row % GROUP
     inside = token < tokens
     at, head0 = tl.cast(m0, tl.int64), tl.cast(head_k, tl.int64) * GROUP
-    q_rows = row // GROUP * stride_qt + row % GROUP * stride_qh
+    q_rows = row // GROUP * stride_qt + tl.cast(row % GROUP, tl.int64) * stride_qh
     q = load_tile(q_ptr + at * stride_qt + head0 * stride_qh, q_rows, 1, inside, HEAD_DIM, PARTS, True)
     # Rows outside see nothing and are never stored.
     row_start = tl.load(k_start_ptr + token, mask=inside, other=NEVER)
@@ -144,6 +144,6 @@ def _fwd_kernel(
     # A row without keys and sink has l = 0: out = 0, lse = -inf.
     lse = (m_i + tl.log2(l_i)) * LN2
     tl.store(lse_ptr + tl.cast(head, tl.int64) * tokens + token, lse, mask=inside)
-    out_rows = row // GROUP * stride_ot + row % GROUP * stride_oh
+    out_rows = row // GROUP * stride_ot + tl.cast(row % GROUP, tl.int64) * stride_oh
     out_base = out_ptr + at * stride_ot + head0 * stride_oh
     store_tile(out_base, out_rows, 1, inside, acc, 1.0 / tl.where(l_i == 0.0, 1.0, l_i), HEAD_DIM_V, PARTS_V)

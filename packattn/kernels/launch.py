@@ -16,6 +16,8 @@ from packattn.kernels.table import LARGEST_HEAD_DIM, Tile, family, parts_of, til
 _DELTA_ROWS = 64
 # A grid below this many programs leaves a data-centre GPU (108 to 148 multiprocessors, two programs each) idle.
 _ENOUGH_PROGRAMS = 256
+# Rows of a tile, at most 128, are 32-bit offsets from its first.
+_STRIDE_LIMIT = 2**31 // 128
 
 
 class Plan(NamedTuple):
@@ -81,7 +83,7 @@ def _order_of(order: Tensor | None, plan: Plan, tokens: int, tokens_k: int) -> t
     return forward, dq, dkdv
 
 
-def _check(q: Tensor, v: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> None:
     reasons = []
     if q.device.type == "cpu" and isinstance(_fwd_kernel, triton.runtime.JITFunction):
         reasons.append("the tensors are on the CPU, where Triton runs only in its interpreter")
@@ -92,6 +94,9 @@ def _check(q: Tensor, v: Tensor) -> None:
         )
     if max(q.shape[2], v.shape[2]) > LARGEST_HEAD_DIM:
         reasons.append(f"head dim {max(q.shape[2], v.shape[2])} > {LARGEST_HEAD_DIM}")
+    stride = max(x.stride(0) for x in (q, k, v, *others))
+    if stride >= _STRIDE_LIMIT:
+        reasons.append(f"a token stride of {stride} elements, of which a tile would need 64-bit offsets; copy the view")
     if reasons:
         raise NotImplementedError(f'backend "triton" cannot run this: {"; ".join(reasons)}. Use backend="torch".')
 
@@ -138,7 +143,7 @@ def forward(
     seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator `attention_forward_triton`; arguments as in `packattn.schemas`."""
-    _check(q, v)
+    _check(q, k, v)
     tokens, heads, _ = q.shape
     out = q.new_empty(tokens, heads, v.shape[2])
     lse = q.new_empty(heads, tokens, dtype=torch.float32)
@@ -163,7 +168,7 @@ def backward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator `attention_backward_triton`; arguments as in `packattn.schemas`."""
-    _check(q, v)
+    _check(q, k, v, dout)
     tokens, heads, _ = q.shape
     tokens_k, heads_k, _ = k.shape
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
