@@ -1,6 +1,7 @@
 # make demo          set up .venv, build the extension, run the main job
 # make test          set up if needed, run the tests
 # make check         lint, types and tests
+# make gate          compile every kernel for every target and rewrite benchmarks/gate.csv (half an hour)
 # make test-oldest   a core subset with the oldest supported versions, in an environment of its own
 # make clean         remove what was built, not the environment
 
@@ -11,7 +12,7 @@ OLDEST := .venv-oldest
 PIP := -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml packattn/schemas.py $(wildcard csrc/*)
 
-.PHONY: setup demo test test-oldest lint types check clean
+.PHONY: setup demo test gate test-oldest lint types check clean
 
 setup: $(VENV)/built
 
@@ -34,6 +35,9 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+
+gate: setup
+	$(BIN)/python -m benchmarks.gate
 
 # The extension that was built for the newest torch serves the oldest: that is what the stable ABI promises.
 OLDEST_VERSIONS := "torch==2.10.0" "transformers==5.8.0" "numpy<2.4"

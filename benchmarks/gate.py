@@ -86,8 +86,8 @@ def rows() -> list[Row]:
 
 
 def code_hash() -> str:
-    """What gate.csv was measured on: the kernels' code, the tiles, the compiler."""
-    text = f"{compiled.source_hash()} {sorted(table.TABLE.items())} {triton.__version__}"
+    """What gate.csv was measured on: the kernels' code, the tiles, and how they become rows."""
+    text = f"{compiled.source_hash()} {sorted(table.TABLE.items())} {rows()}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -145,10 +145,10 @@ def broken(row: Row, figures: dict[str, Any]) -> list[str]:
     return problems
 
 
-def read() -> tuple[str, dict[Row, dict[str, Any]]]:
-    """The hash and the figures of gate.csv."""
+def read() -> tuple[str, str, dict[Row, dict[str, Any]]]:
+    """The hash, the version of Triton and the figures of gate.csv."""
     with PATH.open() as file:
-        code = file.readline().split()[-1]
+        code, _, version = file.readline().split()[-3:]
         lines = list(csv.DictReader(file))
     found = {}
     for line in lines:
@@ -156,13 +156,13 @@ def read() -> tuple[str, dict[Row, dict[str, Any]]]:
         row = Row(target, line["kernel"], line["dtype"], *(int(line[n]) for n in Row._fields[3:6]), line["feature"])
         rest = {name: value for name, value in line.items() if name not in Row._fields}
         found[row] = {name: int(value) if value.isdigit() else value for name, value in rest.items()}
-    return code, found
+    return code, version, found
 
 
 def write(found: dict[Row, dict[str, Any]]) -> None:
     """Rewrite gate.csv, each row with the spills that it may have and the reason."""
     with PATH.open("w", newline="") as file:
-        file.write(f"# hash of the kernels, the launch table and the compiler: {code_hash()}\n")
+        file.write(f"# hash of the kernels and the launch table: {code_hash()} triton {triton.__version__}\n")
         names = [*Row._fields, *next(iter(found.values())), "allowed_spills", "reason"]
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()

@@ -31,7 +31,7 @@ def _problem(device: torch.device, dtype: torch.dtype, dim: int, group: int, tok
     return [q, k, v, *spans, order, None, None, None, None, dim**-0.5, 0.0, 0.0]
 
 
-def _with_tile(name: str, tile: Tile) -> AbstractContextManager[Any]:
+def with_tile(name: str, tile: Tile) -> AbstractContextManager[Any]:
     """Inside, the pass `name` takes `tile`, the others what the table has."""
 
     def chosen(family: str, which: str, dim: int, dtype: torch.dtype, group: int) -> Tile:
@@ -60,7 +60,7 @@ def time_tiles(
     for i, set_name in enumerate(_SETS):
         for repeat in range(_REPEATS + 1):
             for tile in list(times):
-                with _with_tile(name, tile):
+                with with_tile(name, tile):
                     problem = _problem(device, dtype, dim, group, tokens, set_name)
                     try:
                         out, lse = launch.forward(*problem)
