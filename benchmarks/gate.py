@@ -26,6 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "delta", "dq", "dkdv")
 HEAD_DIMS = (16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512)
 UNEVEN = ((192, 128), (576, 512))  # of queries and keys, of values
+DELTA_DIMS = (64, 80, 128, 256, 512)  # the pre-pass has no loop and no products
 FEATURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "softcap": (("forward", "dq", "dkdv"), {"HAS_SOFTCAP": True}),
     "alibi": (("forward", "dq", "dkdv"), {"HAS_ALIBI": True}),
@@ -75,7 +76,8 @@ def rows() -> list[Row]:
     for target in GPUS:
         for kernel in PASSES:
             for dtype in ("bf16", "fp32"):
-                for dim, dim_v in [(dim, dim) for dim in HEAD_DIMS] + list(UNEVEN):
+                dims = [(dim, dim) for dim in (DELTA_DIMS if kernel == "delta" else HEAD_DIMS)]
+                for dim, dim_v in dims if kernel == "delta" else dims + list(UNEVEN):
                     alone, grouped = (Row(target, kernel, dtype, dim, dim_v, group, "") for group in (1, 4))
                     found += [grouped] if alone.tile == grouped.tile or kernel == "delta" else [alone, grouped]
             found += [Row(target, kernel, "fp16", dim, dim, 4, "") for dim in (64, 128)]

@@ -18,25 +18,56 @@ from packattn.kernels import launch
 from packattn.selftest import Case, assert_accurate, check_accuracy, check_isolation, packed, run, truth_and_naive
 
 
+def emulating(arch):
+    """Launches are bound and compiled for a target by Triton's JIT, and run in the emulator with all its checks."""
+    return launches(arch, partial(emulate, check_races=True, check_conflicts=True))
+
+
 @pytest.fixture
 def emulator():
-    """Launches are bound and compiled for sm_80 by Triton's JIT, and run in the emulator with all its checks."""
-    with launches(80, partial(emulate, check_races=True, check_conflicts=True)):
+    with emulating(80):
         yield
 
 
+# Every variant of the kernels at least three times, in company and alone.
 CASES = [
     Case("straddling tiles, group of 3", [20, 1, 45, 30], heads_q=3, heads_k=1, head_dim=64),
-    Case("window", [70, 30], heads_q=2, heads_k=2, head_dim=32, window=17),
-    Case("bidirectional", [40, 3, 50], heads_q=4, heads_k=2, head_dim=16, mask="bidirectional"),
-    Case("head dim 80", [20, 30], head_dim=80),
-    Case("head dim 128", [50, 30], head_dim=128, heads_q=1),
-    Case("value dim differs", [20, 30], head_dim=48, head_dim_v=32),
-    Case("softcap, sinks, window", [40, 20], softcap=5.0, sinks=True, window=30),
+    Case("group of 7", [20, 30], heads_q=7, heads_k=1, head_dim=32),
     Case("unmasked blocks", [300], heads_q=2, heads_k=2, head_dim=32),
+    Case("around a tile", [63, 64, 65, 1], heads_q=1, head_dim=64),
+    Case("one-token sequences", [1] * 70, head_dim=64),
+    Case("window", [70, 30], heads_q=2, heads_k=2, head_dim=32, window=17),
+    Case("window, group of 4", [130, 30], heads_q=4, heads_k=1, head_dim=64, window=50),
+    Case("bidirectional", [40, 3, 50], heads_q=4, heads_k=2, head_dim=16, mask="bidirectional"),
+    Case("bidirectional window", [100, 3, 50], head_dim=64, mask="bidirectional", window=9),
+    Case("chunks", [100, 3, 50], head_dim=64, mask="chunked", window=32),
+    Case("image blocks", [60, 50], head_dim=64, mask="images", window=20),
+    Case("prefixes", [60, 50], head_dim=64, mask="prefix", window=24),
+    Case("head dim 40", [20, 30], head_dim=40),
+    Case("head dim 72", [20, 30], head_dim=72),
+    Case("head dim 80", [20, 30], head_dim=80),
+    Case("head dim 96", [20, 30], head_dim=96),
+    Case("head dim 112", [20, 30], head_dim=112),
+    Case("head dim 128", [50, 30], head_dim=128, heads_q=1),
+    Case("head dim 128, group of 8", [50, 30], head_dim=128, heads_q=8),
+    Case("head dim 160", [20, 30], head_dim=160),
+    Case("head dim 192, values 128", [20, 30], head_dim=192, head_dim_v=128),
+    Case("head dim 256", [20, 30], head_dim=256),
+    Case("head dim 512", [20, 13], head_dim=512),
+    Case("head dim 576, values 512", [20, 13], head_dim=576, head_dim_v=512),
+    Case("value dim differs", [20, 30], head_dim=48, head_dim_v=32),
+    Case("softcap", [40, 20], softcap=2.0, head_dim=64),
+    Case("softcap, sinks, window", [40, 20], softcap=5.0, sinks=True, window=30),
+    Case("softcap, alibi", [40, 20], softcap=5.0, alibi=True, head_dim=64),
+    Case("sinks", [40, 20], sinks=True, heads_q=4, head_dim=64),
     Case("empty spans", [], spans=([0, 0, 0, 2, 2, 5, 9], [0, 2, 2, 2, 7, 7, 9], 9)),
     Case("empty spans with sinks", [], spans=([0, 0, 4], [0, 2, 4], 9), sinks=True),
+    Case("empty spans, head dim 128", [], spans=([0, 0, 4, 4], [0, 2, 4, 9], 9), head_dim=128),
+    Case("alibi", [40, 20], heads_q=4, heads_k=2, alibi=True, head_dim=64),
+    Case("alibi, bidirectional", [40, 20], heads_q=3, alibi=True, mask="bidirectional"),
     Case("strided views", [30, 20], heads_q=4, heads_k=2, strided=True),
+    Case("strided views, head dim 64", [30, 20], heads_q=2, heads_k=2, head_dim=64, strided=True),
+    Case("strided views, head dim 80", [30, 20], heads_q=3, head_dim=80, strided=True),
 ]
 
 
@@ -45,13 +76,29 @@ def test_compiled_bfloat16_is_accurate(case, emulator):
     check_accuracy(case, "triton", torch.bfloat16, "cpu")
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[17]], ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize("arch", [86, 89])
+def test_compiled_kernels_of_other_targets_are_accurate(case, arch):
+    with emulating(arch):
+        check_accuracy(case, "triton", torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[28]], ids=lambda case: case.name.replace(" ", "-"))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_compiled_float16_and_float32_are_accurate(dtype, emulator):
-    check_accuracy(CASES[0], "triton", dtype, "cpu")
+def test_compiled_float16_and_float32_are_accurate(dtype, case, emulator):
+    check_accuracy(case, "triton", dtype, "cpu")
 
 
-def test_compiled_dropout_draws_the_bits_of_every_backend(emulator):
-    case = Case("dropout", [20, 30], heads_q=2)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("no groups", [20, 30], heads_q=2, heads_k=2),
+        Case("a group of 2", [20, 30], heads_q=2),
+        Case("a window", [70], window=20),
+    ],
+    ids=lambda case: case.name.replace(" ", "-"),
+)
+def test_compiled_dropout_draws_the_bits_of_every_backend(case, emulator):
     q, k, v, *_ = case.tensors(torch.float32, "cpu")
     seed = torch.tensor([0x123456789ABCDEF])
     out = {}
