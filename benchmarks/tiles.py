@@ -44,8 +44,9 @@ Cell = tuple[str, str, torch.dtype, int]
 def candidates(family: str, name: str, dtype: torch.dtype, dim: int) -> list[Tile]:
     """Tiles worth compiling: (BLOCK_M, BLOCK_N, warps, stages) by head dim; dK/dV has keys for rows."""
     large = family in ("sm90", "sm100")  # operands stay in shared memory, accumulators may fill the registers
-    if dtype == torch.float32:
+    if dtype == torch.float32:  # products are unrolled multiply-adds: large tiles of wide heads take minutes to compile
         blocks = [(32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)] if dim > 64 else [(64, 32, 4, 1), (32, 32, 4, 1)]
+        blocks = blocks if dim <= 256 else [(16, 16, 4, 1), (8, 8, 4, 1), (8, 8, 2, 1)]
     elif dim <= 64:
         blocks = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 4, 3), (64, 32, 4, 3)]
         blocks += [] if large else [(64, 32, 2, 3), (32, 32, 2, 3)]
