@@ -1,0 +1,219 @@
+// A tile of queries against a block of keys: what both passes share. Included per instruction set; see
+// attention_cpu_simd.h.
+//
+// Lanes are rows of the query side: (token, head of the group), token-major, kTile of them to a tile. Scores lie
+// transposed, one row of kTile lanes for each key of the block, so that statistics of a query are lanes of a register
+// and no reduction runs across lanes.
+
+constexpr int64_t kTile = kTileLanes, kBlock = kBlockKeys;
+constexpr int kKeyStrips = kBlock / kRows;
+constexpr int kLaneStrips = (kTile + kRows - 1) / kRows;
+
+inline void load_row(const float* from, int64_t dim, float* to) { __builtin_memcpy(to, from, dim * sizeof(float)); }
+template <class T>
+inline void load_row(const T* from, int64_t dim, float* to) {
+  for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<float>(from[d]);
+}
+inline void store_row(const float* from, int64_t dim, float factor, float* to) {
+  for (int64_t d = 0; d < dim; ++d) to[d] = from[d] * factor;
+}
+inline void store_row(const float* from, int64_t dim, float factor, BFloat16* to) {
+  for (int64_t d = 0; d < dim; ++d) to[d] = BFloat16::rounded(from[d] * factor);
+}
+#ifdef __FLT16_MANT_DIG__
+inline void store_row(const float* from, int64_t dim, float factor, _Float16* to) {
+  for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<_Float16>(from[d] * factor);
+}
+#endif
+
+// Rows [begin, end) of one head as floats, ld apart: where they lie if they are floats and need no filling up to whole
+// registers, else copied to `to`.
+struct Rows {
+  const float* data;
+  int64_t ld;
+};
+template <class T>
+inline Rows copied(const View<const T>& x, int64_t begin, int64_t end, int64_t head, int64_t dim, float* to) {
+  const int64_t ld = padded(dim);
+  for (int64_t i = begin; i < end; ++i, to += ld) {
+    load_row(x.at(i, head), dim, to);
+    for (int64_t d = dim; d < ld; ++d) to[d] = 0.0f;
+  }
+  return {to - (end - begin) * ld, ld};
+}
+template <class T>
+inline Rows in_place(const View<const T>& x, int64_t begin, int64_t end, int64_t head, int64_t dim, float* to) {
+  return copied(x, begin, end, head, dim, to);
+}
+inline Rows in_place(const View<const float>& x, int64_t begin, int64_t, int64_t head, int64_t, float*) {
+  return {x.at(begin, head), x.token_stride};
+}
+
+// The rows of tile `tile` of a unit's queries.
+struct Lanes {
+  int64_t first;            // token of the first lane
+  int64_t count;            // lanes that hold a row
+  int64_t token[kTile];     // of each lane; the last one's beyond count
+  int64_t head[kTile];
+
+  // Lanes [lane, lane + kTile) of the rows of tokens [begin, end) and `group` heads from head0 on.
+  void set(int64_t begin, int64_t end, int64_t lane, int64_t group, int64_t head0) {
+    count = least(kTile, (end - begin) * group - lane);
+    int64_t t = begin + lane / group, h = lane % group;
+    first = t;
+    for (int64_t r = 0; r < kTile; ++r) {
+      token[r] = t, head[r] = head0 + h;
+      if (r + 1 < count && ++h == group) h = 0, ++t;
+    }
+  }
+};
+
+// Rows of x at the lanes, as floats of ld apart, and transposed, times factor, with kTile floats a row.
+template <class T>
+inline void load_lanes(const View<const T>& x, const Lanes& lanes, int64_t dim, float factor, float* rows, float* columns) {
+  const int64_t ld = padded(dim);
+  for (int64_t r = 0; r < lanes.count; ++r) {
+    load_row(x.at(lanes.token[r], lanes.head[r]), dim, rows + r * ld);
+    for (int64_t d = dim; d < ld; ++d) rows[r * ld + d] = 0.0f;
+  }
+  const int64_t filled = padded(lanes.count);
+  __builtin_memset(rows + lanes.count * ld, 0, (filled - lanes.count) * ld * sizeof(float));
+  for (int64_t r = 0; r < filled; r += kLanes)
+    for (int64_t d = 0; d < ld; d += kLanes) transpose(rows + r * ld + d, ld, factor, columns + d * kTile + r, kTile);
+}
+
+// What a tile sees of the keys [begin, end): strips of keys with the lanes that see any of them, in whole registers, and
+// strips of lanes with the keys that any of them sees. Keys count from begin, lanes from the tile's first.
+struct Sight {
+  int64_t lo, hi;  // keys that any lane sees
+  int keys, lanes;
+  Strip key[kKeyStrips], lane[kLaneStrips];
+  bool partial[kKeyStrips];                   // some lane in the strip's range does not see some key of it
+  int32_t from[kBlock], to[kBlock];           // lanes that see each key
+
+  template <class T>
+  bool look(const Problem<T>& problem, const Lanes& tile, int64_t begin, int64_t end) {
+    const int64_t last = tile.token[tile.count - 1], group = problem.group();
+    lo = most(problem.k_start[tile.first], begin) - begin, hi = least(problem.k_end[last], end) - begin;
+    if (lo >= hi) return false;
+    // Lane r is row r + offset of the rows that begin at the first token's first head.
+    const int64_t offset = tile.head[0] % group;
+    for (int64_t j = lo; j < hi; ++j) {
+      const int64_t first = (problem.q_start[begin + j] - tile.first) * group - offset;
+      const int64_t stop = (problem.q_end[begin + j] - tile.first) * group - offset;
+      from[j] = static_cast<int32_t>(most(0, least(first, kTile)));
+      to[j] = static_cast<int32_t>(stop >= tile.count ? kTile : most(0, stop));
+      if (from[j] >= to[j]) from[j] = to[j] = 0;
+    }
+    const int64_t filled = padded(tile.count);
+    keys = 0;
+    for (int64_t j = lo; j < hi; j += kRows, ++keys) {
+      const int64_t rows = least(kRows, hi - j);
+      int64_t a = kTile, b = 0, inner_a = 0, inner_b = kTile;
+      for (int64_t r = j; r < j + rows; ++r) {
+        if (from[r] < to[r]) a = least(a, from[r]), b = most(b, to[r]);
+        inner_a = most(inner_a, from[r]), inner_b = least(inner_b, to[r]);
+      }
+      a = a / kLanes * kLanes, b = least(padded(b), filled);
+      if (a > b) a = b = 0;
+      key[keys] = {int32_t(j), int32_t(rows), int32_t(a), int32_t(b)};
+      partial[keys] = a < inner_a || least(b, tile.count) > inner_b;
+    }
+    lanes = 0;
+    for (int64_t r = 0; r < tile.count; r += kRows, ++lanes) {
+      const int64_t rows = least(kRows, tile.count - r);
+      const int64_t a = most(problem.k_start[tile.token[r]] - begin, lo);
+      const int64_t b = least(problem.k_end[tile.token[r + rows - 1]] - begin, hi);
+      lane[lanes] = {int32_t(r), int32_t(rows), int32_t(a), int32_t(b)};
+    }
+    return true;
+  }
+
+  // x[j, r] = value where lane r does not see key j, in the strip's own range.
+  void mask(const Strip& strip, float* x, float value) const {
+    VecI index;
+    for (int i = 0; i < kLanes; ++i) index[i] = i;
+    for (int32_t j = strip.row; j < strip.row + strip.rows; ++j)
+      for (int32_t r = strip.from; r < strip.to; r += kLanes) {
+        const VecI lane_of = index + r;
+        const Vec kept = load(x + j * kTile + r);
+        store(x + j * kTile + r, (lane_of >= from[j]) & (lane_of < to[j]) ? kept : splat(value));
+      }
+  }
+
+  // x = 0 in the strip's rows outside its range.
+  void clear_outside(const Strip& strip, float* x) const {
+    for (int32_t j = strip.row; j < strip.row + strip.rows; ++j) {
+      for (int32_t r = 0; r < strip.from; r += kLanes) store(x + j * kTile + r, Vec{});
+      for (int32_t r = strip.to; r < kTile; r += kLanes) store(x + j * kTile + r, Vec{});
+    }
+  }
+};
+
+// c = rows of keys times the transposed lanes, then finish(strip index, lane, accumulators) on the registers.
+template <class F>
+PACKATTN_INLINE void against_keys(const Sight& sight, const Rows& keys, const float* columns, int64_t depth, F finish) {
+  for (int32_t n = 0; n < kTile; n += kVecs * kLanes)
+    for (int s = 0; s < sight.keys; ++s) {
+      const Strip& strip = sight.key[s];
+      const int32_t a = strip.from > n ? strip.from : n, b = strip.to < n + kVecs * kLanes ? strip.to : n + kVecs * kLanes;
+      if (a >= b) continue;
+      for_shape(strip.rows, (b - a) / kLanes, [&](auto rows, auto wide) __attribute__((always_inline)) {
+        Vec acc[rows.value][wide.value] = {};
+        multiply<rows.value, wide.value, false>(keys.data + strip.row * keys.ld, keys.ld, columns + a, kTile, depth, acc);
+        finish(s, a, acc);
+      });
+    }
+}
+
+template <int kR, int kV>
+PACKATTN_INLINE void store_block(const Vec (&acc)[kR][kV], float* to) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < kV; ++j) store(to + r * kTile + j * kLanes, acc[r][j]);
+}
+
+// Softcap, ALiBi and dropout: what is not a plain product.
+template <class T>
+struct Extras {
+  const Problem<T>& problem;
+  bool any() const { return problem.softcap > 0 || problem.anchors != nullptr; }
+
+  // The factor that turns q . k into what `scores` takes.
+  float factor() const { return problem.scale * (problem.softcap > 0 ? 1 / problem.softcap : 1.0f); }
+
+  // The strip's products become scores; slope, if not null, their derivative by the products over that without a cap.
+  void scores(const Strip& strip, const Lanes& lanes, int64_t key0, float* s, float* slope) const {
+    for (int32_t j = strip.row; j < strip.row + strip.rows; ++j) {
+      float *row = s + j * kTile, *steep = slope == nullptr ? nullptr : slope + j * kTile;
+      if (problem.softcap > 0)
+        for (int32_t r = strip.from; r < strip.to; r += kLanes) {
+          const Vec t = tanh_vec(load(row + r));
+          store(row + r, t * problem.softcap);
+          if (steep != nullptr) store(steep + r, 1.0f - t * t);
+        }
+      if (problem.anchors != nullptr)
+        for (int32_t r = strip.from; r < strip.to; ++r)
+          row[r] += problem.bias(lanes.token[r], key0 + j, lanes.head[r]);
+    }
+  }
+
+  // What dropout multiplies the probabilities of key `key` by.
+  void kept(const Strip& strip, const Lanes& lanes, int64_t key, float* to) const {
+    for (int32_t r = strip.from; r < strip.to; ++r) {
+      const uint32_t word = philox(problem.key0, problem.key1, uint32_t(lanes.token[r]), uint32_t(key), uint32_t(lanes.head[r]));
+      to[r] = word >= problem.threshold ? problem.keep_scale : 0.0f;
+    }
+  }
+};
+
+// Hands out pieces of a thread's scratch, aligned to 64 bytes.
+struct Arena {
+  float* next;
+  float* take(int64_t count) {
+    float* result = next;
+    next += (count + 15) / 16 * 16;
+    return result;
+  }
+};
