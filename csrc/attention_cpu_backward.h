@@ -92,6 +92,7 @@ void backward(const Problem<T>& problem, const Unit& unit, float* scratch) {
   }
   float *p = arena.take(kBlock * kTile), *ds = arena.take(kBlock * kTile), *slope = arena.take(kBlock * kTile);
   float *k_copy = arena.take(kBlock * ld), *v_copy = arena.take(kBlock * ld_v), *out_row = arena.take(ld_v);
+  __builtin_memset(out_row, 0, ld_v * sizeof(float));
   const int64_t owned = unit.keys ? unit.key_end - unit.key_begin : 0;
   float *dk = arena.take(owned * ld), *dv = arena.take(owned * ld_v);
   __builtin_memset(dk, 0, owned * ld * sizeof(float));
@@ -108,12 +109,12 @@ void backward(const Problem<T>& problem, const Unit& unit, float* scratch) {
       for (int64_t r = 0; r < kTile; ++r) x.lse[r] = kInfinity, x.delta[r] = 0.0f;
       for (int64_t r = 0; r < x.lanes.count; ++r) {
         const int64_t token = x.lanes.token[r], h = x.lanes.head[r], at = h * problem.tokens + token;
-        const Rows out = in_place(problem.out, token, token + 1, h, dim_v, out_row);
+        const int64_t ahead = least(r + kAhead, kTile - 1);
+        prefetch<0>(problem.out.at(x.lanes.token[ahead], x.lanes.head[ahead]), dim_v);
+        load_row(problem.out.at(token, h), dim_v, out_row);
         Vec sum{};
-        int64_t d = 0;
-        for (; d + kLanes <= dim_v; d += kLanes) sum += load(out.data + d) * load(x.dout + r * ld_v + d);
+        for (int64_t d = 0; d < ld_v; d += kLanes) sum += load(out_row + d) * load(x.dout + r * ld_v + d);
         float delta = sum_of(sum);
-        for (; d < dim_v; ++d) delta += out.data[d] * x.dout[r * ld_v + d];
         if (problem.dlse != nullptr) delta -= problem.dlse[at];
         if (problem.lse[at] > -kInfinity) x.lse[r] = problem.lse[at];
         x.delta[r] = delta;
@@ -131,7 +132,7 @@ void backward(const Problem<T>& problem, const Unit& unit, float* scratch) {
         if (!sight.look(problem, x.lanes, c0, c1)) continue;
         if (k.data == nullptr) {
           k = copied(problem.k, c0, c1, unit.head_k, dim, k_copy);
-          v = in_place(problem.v, c0, c1, unit.head_k, dim_v, v_copy);
+          v = copied(problem.v, c0, c1, unit.head_k, dim_v, v_copy);
         }
         gradients(problem, x, sight, k, v, c0, p, ds, slope);
         if (unit.keys) {
@@ -143,10 +144,16 @@ void backward(const Problem<T>& problem, const Unit& unit, float* scratch) {
       }
     }
     for (int64_t t = 0; unit.queries && t < tiles; ++t)
-      for (int64_t r = 0; r < tile[t].lanes.count; ++r)
-        store_row(tile[t].dq + r * ld, dim, problem.scale, problem.dq.at(tile[t].lanes.token[r], tile[t].lanes.head[r]));
+      for (int64_t r = 0; r < tile[t].lanes.count; ++r) {
+        const int64_t *token = tile[t].lanes.token, *h = tile[t].lanes.head, ahead = least(r + kAhead, kTile - 1);
+        prefetch<1>(problem.dq.at(token[ahead], h[ahead]), dim);
+        store_row(tile[t].dq + r * ld, dim, problem.scale, problem.dq.at(token[r], h[r]));
+      }
   }
   for (int64_t j = 0; j < owned; ++j) {
+    const int64_t ahead = least(unit.key_begin + j + kAhead, unit.key_end - 1);
+    prefetch<1>(problem.dk.at(ahead, unit.head_k), dim);
+    prefetch<1>(problem.dv.at(ahead, unit.head_k), dim_v);
     store_row(dk + j * ld, dim, problem.scale, problem.dk.at(unit.key_begin + j, unit.head_k));
     store_row(dv + j * ld_v, dim_v, 1.0f, problem.dv.at(unit.key_begin + j, unit.head_k));
   }

@@ -114,7 +114,7 @@ void forward(const Problem<T>& problem, const Unit& unit, float* scratch) {
     for (int64_t t = 0; t < tiles; ++t) {
       if (!sight.look(problem, tile[t].lanes, c0, c1)) continue;
       if (v.data == nullptr) {
-        k = in_place(problem.k, c0, c1, unit.head_k, dim, k_copy);
+        k = copied(problem.k, c0, c1, unit.head_k, dim, k_copy);
         v = copied(problem.v, c0, c1, unit.head_k, dim_v, v_copy);
       }
       forward_scores(problem, tile[t], sight, k, c0, s);
@@ -123,7 +123,8 @@ void forward(const Problem<T>& problem, const Unit& unit, float* scratch) {
   }
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t r = 0; r < tile[t].lanes.count; ++r) {
-      const int64_t token = tile[t].lanes.token[r], h = tile[t].lanes.head[r];
+      const int64_t token = tile[t].lanes.token[r], h = tile[t].lanes.head[r], ahead = least(r + kAhead, kTile - 1);
+      prefetch<1>(problem.out_w.at(tile[t].lanes.token[ahead], tile[t].lanes.head[ahead]), dim_v);
       float best = tile[t].best[r], sum = tile[t].sum[r], factor = sum > 0 ? 1 / sum : 0.0f;
       if (problem.sinks != nullptr) {
         const float sink = problem.sinks[h], top = best > sink ? best : sink, share = std::exp(best - top);

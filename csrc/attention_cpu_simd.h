@@ -104,13 +104,16 @@ inline void transpose(const float* from, int64_t ldf, float factor, float* to, i
 template <int kR, int kV, bool kTransposed>
 PACKATTN_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
                               Vec (&acc)[kR][kV]) {
+  // Two pointers to rows, which the compiler must not see as one: else it wants a register for each row's offset.
+  const float* upper = a + 3 * lda;
+  if constexpr (!kTransposed && kR > 3) asm("" : "+r"(upper));
   for (int64_t p = 0; p < depth; ++p) {
     Vec column[kV];
 #pragma GCC unroll 4
     for (int j = 0; j < kV; ++j) column[j] = load(b + p * ldb + j * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
-      const float x = kTransposed ? a[p * lda + r] : a[r * lda + p];
+      const float x = kTransposed ? a[p * lda + r] : r < 3 ? a[r * lda + p] : upper[(r - 3) * lda + p];
 #pragma GCC unroll 4
       for (int j = 0; j < kV; ++j) acc[r][j] += x * column[j];
     }

@@ -9,7 +9,11 @@ constexpr int64_t kTile = kTileLanes, kBlock = kBlockKeys;
 constexpr int kKeyStrips = kBlock / kRows;
 constexpr int kLaneStrips = (kTile + kRows - 1) / kRows;
 
-inline void load_row(const float* from, int64_t dim, float* to) { __builtin_memcpy(to, from, dim * sizeof(float)); }
+inline void load_row(const float* from, int64_t dim, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
+  for (; d < dim; ++d) to[d] = from[d];
+}
 template <class T>
 inline void load_row(const T* from, int64_t dim, float* to) {
   for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<float>(from[d]);
@@ -26,27 +30,28 @@ inline void store_row(const float* from, int64_t dim, float factor, _Float16* to
 }
 #endif
 
-// Rows [begin, end) of one head as floats, ld apart: where they lie if they are floats and need no filling up to whole
-// registers, else copied to `to`.
+// Asks for a row that will be read or written soon: rows of a head lie far apart, where no hardware looks ahead.
+constexpr int64_t kAhead = 8;
+template <int kWrite, class T>
+PACKATTN_INLINE void prefetch(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, kWrite, 2);
+}
+
+// Rows [begin, end) of one head copied as floats, filled up to whole registers. Where they lie, a power of two apart,
+// they would fight for the same lines of the cache.
 struct Rows {
   const float* data;
   int64_t ld;
 };
 template <class T>
 inline Rows copied(const View<const T>& x, int64_t begin, int64_t end, int64_t head, int64_t dim, float* to) {
-  const int64_t ld = padded(dim);
-  for (int64_t i = begin; i < end; ++i, to += ld) {
+  const Rows result{to, padded(dim)};
+  for (int64_t i = begin; i < end; ++i, to += result.ld) {
+    prefetch<0>(x.at(least(i + kAhead, end - 1), head), dim);
     load_row(x.at(i, head), dim, to);
-    for (int64_t d = dim; d < ld; ++d) to[d] = 0.0f;
+    for (int64_t d = dim; d < result.ld; ++d) to[d] = 0.0f;
   }
-  return {to - (end - begin) * ld, ld};
-}
-template <class T>
-inline Rows in_place(const View<const T>& x, int64_t begin, int64_t end, int64_t head, int64_t dim, float* to) {
-  return copied(x, begin, end, head, dim, to);
-}
-inline Rows in_place(const View<const float>& x, int64_t begin, int64_t, int64_t head, int64_t, float*) {
-  return {x.at(begin, head), x.token_stride};
+  return result;
 }
 
 // The rows of tile `tile` of a unit's queries.
@@ -73,6 +78,8 @@ template <class T>
 inline void load_lanes(const View<const T>& x, const Lanes& lanes, int64_t dim, float factor, float* rows, float* columns) {
   const int64_t ld = padded(dim);
   for (int64_t r = 0; r < lanes.count; ++r) {
+    const int64_t ahead = least(r + kAhead, kTile - 1);
+    prefetch<0>(x.at(lanes.token[ahead], lanes.head[ahead]), dim);
     load_row(x.at(lanes.token[r], lanes.head[r]), dim, rows + r * ld);
     for (int64_t d = dim; d < ld; ++d) rows[r * ld + d] = 0.0f;
   }
