@@ -20,13 +20,20 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class T>
-Kernels<T> kernels_of_cpu() {
+// Each instruction set is an operator of its own, and `best` the one that users call.
+enum class Set { best, avx512, avx2, portable };
+
+template <Set set, class T>
+Kernels<T> kernels_of() {
 #if PACKATTN_X86
   static const bool has_avx512 = __builtin_cpu_supports("x86-64-v4");
   static const bool has_avx2 = __builtin_cpu_supports("x86-64-v3");
-  if (has_avx512) return avx512::kernels<T>();
-  if (has_avx2) return avx2::kernels<T>();
+  STD_TORCH_CHECK(set != Set::avx512 || has_avx512, "this CPU has no AVX-512; call attention_*_cpu");
+  STD_TORCH_CHECK(set != Set::avx2 || has_avx2, "this CPU has no AVX2; call attention_*_cpu");
+  if (set == Set::avx512 || (set == Set::best && has_avx512)) return avx512::kernels<T>();
+  if (set == Set::avx2 || (set == Set::best && has_avx2)) return avx2::kernels<T>();
+#else
+  STD_TORCH_CHECK(set == Set::best || set == Set::portable, "AVX was not compiled; call attention_*_cpu");
 #endif
   return portable::kernels<T>();
 }
@@ -135,7 +142,8 @@ auto by_dtype(const Tensor& q, F function) {
   }
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_start,
+template <Set set>
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_start,
                                        const Tensor& k_end, const Tensor& q_start, const Tensor& q_end,
                                        const std::optional<Tensor>&, const std::optional<Tensor>& sinks,
                                        const std::optional<Tensor>& slopes, const std::optional<Tensor>& anchors,
@@ -148,13 +156,14 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const T
     Tensor lse = torch::stable::new_empty(q, {problem.heads_q, problem.tokens}, ScalarType::Float);
     problem.out_w = output<T>(out);
     problem.lse_w = static_cast<float*>(lse.mutable_data_ptr());
-    const Kernels<T> kernels = kernels_of_cpu<T>();
+    const Kernels<T> kernels = kernels_of<set, T>();
     run(problem, forward_units(shape_of(problem)), kernels.forward, kernels.forward_scratch);
     return std::tuple(out, lse);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
+template <Set set>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const Tensor& k_start, const Tensor& k_end, const Tensor& q_start,
     const Tensor& q_end, const std::optional<Tensor>&, const std::optional<Tensor>& sinks,
@@ -178,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
     std::vector<float> delta(problem.sinks != nullptr ? rows : 0);
     problem.delta = problem.sinks != nullptr ? delta.data() : nullptr;
     problem.dq = output<T>(dq), problem.dk = output<T>(dk), problem.dv = output<T>(dv);
-    const Kernels<T> kernels = kernels_of_cpu<T>();
+    const Kernels<T> kernels = kernels_of<set, T>();
     run(problem, backward_units(shape_of(problem), torch::stable::get_num_threads()), kernels.backward,
         kernels.backward_scratch);
     if (problem.sinks != nullptr) {
@@ -197,8 +206,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(packattn, CPU, m) {
-  m.impl("attention_forward_cpu", TORCH_BOX(&forward_cpu));
-  m.impl("attention_backward_cpu", TORCH_BOX(&backward_cpu));
+  m.impl("attention_forward_cpu", TORCH_BOX(&forward<Set::best>));
+  m.impl("attention_backward_cpu", TORCH_BOX(&backward<Set::best>));
+  m.impl("attention_forward_cpu_avx512", TORCH_BOX(&forward<Set::avx512>));
+  m.impl("attention_backward_cpu_avx512", TORCH_BOX(&backward<Set::avx512>));
+  m.impl("attention_forward_cpu_avx2", TORCH_BOX(&forward<Set::avx2>));
+  m.impl("attention_backward_cpu_avx2", TORCH_BOX(&backward<Set::avx2>));
+  m.impl("attention_forward_cpu_portable", TORCH_BOX(&forward<Set::portable>));
+  m.impl("attention_backward_cpu_portable", TORCH_BOX(&backward<Set::portable>));
 }
 
 }  // namespace packattn
