@@ -44,15 +44,17 @@ Shape shape_of(const Problem<T>& problem) {
           problem.k_start, problem.k_end,    problem.q_start, problem.q_end};
 }
 
+constexpr int64_t kCostOfThread = 1 << 14;  // less is done sooner than a thread wakes up
+
 // Runs the units on torch's threads, each of which takes the next unit when it is free. A unit's result does not depend
 // on who computes it, so neither does the output.
 template <class T>
 void run(const Problem<T>& problem, const std::vector<Unit>& units, typename Kernels<T>::Run work,
          typename Kernels<T>::Size size) {
   const auto count = static_cast<int64_t>(units.size());
-  const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  int64_t floats = 0;
-  for (const Unit& unit : units) floats = std::max(floats, size(problem, unit));
+  int64_t floats = 0, cost = 0;
+  for (const Unit& unit : units) floats = std::max(floats, size(problem, unit)), cost += unit.cost;
+  const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), count, cost / kCostOfThread});
   std::atomic<int64_t> next{0};
   const auto take = [&](int64_t, int64_t) {
     const std::unique_ptr<float, decltype(&std::free)> scratch(

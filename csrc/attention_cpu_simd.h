@@ -51,7 +51,7 @@ PACKATTN_INLINE Vec exp2_vec(Vec x) {
   return x < -126.0f ? Vec{} : result;
 }
 
-// exp(x), likewise: the error of the product x log2(e) adds a relative error of 6e-8 |x|.
+// exp(x), likewise; the product x log2(e) adds a relative error of 7.5e-8 |x|.
 PACKATTN_INLINE Vec exp_vec(Vec x) { return exp2_vec(x * 1.44269504088896341f); }
 
 // tanh(x), error below 4 units in the last place: a polynomial where |x| < 0.625, from exp2 elsewhere.
