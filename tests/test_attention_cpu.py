@@ -131,7 +131,7 @@ def most(lengths):
     run = ours(Problem(lengths, Shape(4, 2, 32), torch.float32))
     return peak_memory(lambda: torch.autograd.grad(run.call(), run.leaves, run.grads)) / sum(lengths)
 most([64])
-print(*(most(lengths) for lengths in ([1024] * 16, [1024] * 32, [16384], [32768])))
+print(*(most(lengths) for lengths in ([256] * 64, [256] * 128, [4096], [8192])))
 """
 
 
