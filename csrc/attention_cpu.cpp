@@ -21,15 +21,24 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Each instruction set is an operator of its own, and `best` the one that users call.
-enum class Set { best, avx512, avx2, portable };
+enum class Set { best, avx512bf16, avx512pairs, avx512, avx2, portable };
 
 template <Set set, class T>
 Kernels<T> kernels_of() {
 #if PACKATTN_X86
   static const bool has_avx512 = __builtin_cpu_supports("x86-64-v4");
+  static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   static const bool has_avx2 = __builtin_cpu_supports("x86-64-v3");
-  STD_TORCH_CHECK(set != Set::avx512 || has_avx512, "this CPU has no AVX-512; call attention_*_cpu");
+  constexpr bool pairs = set == Set::avx512bf16 || set == Set::avx512pairs;
+  STD_TORCH_CHECK(set != Set::avx512bf16 || has_bf16, "this CPU has no AVX512-BF16; call attention_*_cpu");
+  STD_TORCH_CHECK((set != Set::avx512 && set != Set::avx512pairs) || has_avx512,
+                  "this CPU has no AVX-512; call attention_*_cpu");
   STD_TORCH_CHECK(set != Set::avx2 || has_avx2, "this CPU has no AVX2; call attention_*_cpu");
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (set == Set::avx512bf16 || (set == Set::best && has_bf16)) return avx512bf16::kernels<T>();
+    if (set == Set::avx512pairs) return avx512pairs::kernels<T>();
+  }
+  STD_TORCH_CHECK(!pairs, "these are products of bfloat16; call attention_*_cpu");
   if (set == Set::avx512 || (set == Set::best && has_avx512)) return avx512::kernels<T>();
   if (set == Set::avx2 || (set == Set::best && has_avx2)) return avx2::kernels<T>();
 #else
@@ -210,6 +219,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 STABLE_TORCH_LIBRARY_IMPL(packattn, CPU, m) {
   m.impl("attention_forward_cpu", TORCH_BOX(&forward<Set::best>));
   m.impl("attention_backward_cpu", TORCH_BOX(&backward<Set::best>));
+  m.impl("attention_forward_cpu_avx512bf16", TORCH_BOX(&forward<Set::avx512bf16>));
+  m.impl("attention_backward_cpu_avx512bf16", TORCH_BOX(&backward<Set::avx512bf16>));
+  m.impl("attention_forward_cpu_avx512pairs", TORCH_BOX(&forward<Set::avx512pairs>));
+  m.impl("attention_backward_cpu_avx512pairs", TORCH_BOX(&backward<Set::avx512pairs>));
   m.impl("attention_forward_cpu_avx512", TORCH_BOX(&forward<Set::avx512>));
   m.impl("attention_backward_cpu_avx512", TORCH_BOX(&backward<Set::avx512>));
   m.impl("attention_forward_cpu_avx2", TORCH_BOX(&forward<Set::avx2>));

@@ -97,6 +97,14 @@ namespace avx512 {
 template <class T>
 Kernels<T> kernels();
 }
+namespace avx512bf16 {
+template <class T>
+Kernels<T> kernels();
+}
+namespace avx512pairs {
+template <class T>
+Kernels<T> kernels();
+}
 namespace avx2 {
 template <class T>
 Kernels<T> kernels();

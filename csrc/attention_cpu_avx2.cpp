@@ -5,6 +5,7 @@
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace packattn::avx2 {
+#define PACKATTN_PAIRS 0
 #define PACKATTN_AVX512 0
 constexpr int kLanes = 8, kVecs = 2;
 #include "attention_cpu_kernels.h"

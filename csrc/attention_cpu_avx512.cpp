@@ -8,6 +8,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("arch=x86-64-v4")
 namespace packattn::avx512 {
+#define PACKATTN_PAIRS 0
 #define PACKATTN_AVX512 1
 constexpr int kLanes = 16, kVecs = 4;
 #include "attention_cpu_kernels.h"

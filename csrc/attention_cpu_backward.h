@@ -18,17 +18,19 @@ int64_t backward_scratch(const Problem<T>& problem, const Unit& unit) {
   const int64_t tiles = (tokens * problem.group() + kTile - 1) / kTile;
   const int64_t tile = kTile * (3 * ld + 2 * ld_v) + int64_t(sizeof(BackwardTile) / 4 + 96);
   const int64_t sums = unit.keys ? (unit.key_end - unit.key_begin) * (ld + ld_v) + 32 : 0;
-  return tiles * tile + sums + kBlock * (ld + ld_v + 3 * kTile) + ld_v + 256;
+  return tiles * tile + sums + keys_floats(problem.head_dim) + keys_floats(problem.head_dim_v) + kBlock * 4 * kTile +
+         kTile * most(ld, ld_v) + 2 * ld_v + 256;
 }
 
 // Probabilities p and the gradients ds of the scores, before the scale, of one tile and block.
 template <class T>
-inline void gradients(const Problem<T>& problem, const BackwardTile& tile, const Sight& sight, const Rows& k,
-                      const Rows& v, int64_t key0, float* p, float* ds, float* slope) {
+inline void gradients(const Problem<T>& problem, const BackwardTile& tile, const Sight& sight, const Keys& k,
+                      const Keys& v, int64_t key0, float* p, float* ds, float* slope) {
   const Extras<T> extras{problem};
   const bool special = extras.any();
   against_keys(sight, k, tile.q_columns, problem.head_dim, [&](int i, int32_t lane, auto& acc) __attribute__((always_inline)) {
     constexpr int rows = sizeof(acc) / sizeof(acc[0]), wide = sizeof(acc[0]) / sizeof(Vec);
+    scale_pairs(acc, extras.factor());
     if (!special)
 #pragma GCC unroll 4
       for (int j = 0; j < wide; ++j) {
@@ -91,8 +93,11 @@ void backward(const Problem<T>& problem, const Unit& unit, float* scratch) {
     tile[t].dout = arena.take(kTile * ld_v), tile[t].dout_columns = arena.take(kTile * ld_v);
   }
   float *p = arena.take(kBlock * kTile), *ds = arena.take(kBlock * kTile), *slope = arena.take(kBlock * kTile);
-  float *k_copy = arena.take(kBlock * ld), *v_copy = arena.take(kBlock * ld_v), *out_row = arena.take(ld_v);
+  float *pairs = arena.take(kBlock * kTile), *row = arena.take(kTile * most(ld, ld_v));
+  float *k_copy = arena.take(keys_floats(dim)), *v_copy = arena.take(keys_floats(dim_v));
+  float *out_row = arena.take(ld_v), *dout_row = arena.take(ld_v);
   __builtin_memset(out_row, 0, ld_v * sizeof(float));
+  __builtin_memset(dout_row, 0, ld_v * sizeof(float));
   const int64_t owned = unit.keys ? unit.key_end - unit.key_begin : 0;
   float *dk = arena.take(owned * ld), *dv = arena.take(owned * ld_v);
   __builtin_memset(dk, 0, owned * ld * sizeof(float));
@@ -104,16 +109,17 @@ void backward(const Problem<T>& problem, const Unit& unit, float* scratch) {
     for (int64_t t = 0; t < tiles; ++t) {
       BackwardTile& x = tile[t];
       x.lanes.set(begin, end, t * kTile, group, head0);
-      load_lanes(problem.q, x.lanes, dim, Extras<T>{problem}.factor(), x.q, x.q_columns);
-      load_lanes(problem.dout, x.lanes, dim_v, 1.0f, x.dout, x.dout_columns);
+      load_lanes(problem.q, x.lanes, dim, Extras<T>{problem}.factor(), row, x.q_columns, x.q);
+      load_lanes(problem.dout, x.lanes, dim_v, 1.0f, row, x.dout_columns, x.dout);
       for (int64_t r = 0; r < kTile; ++r) x.lse[r] = kInfinity, x.delta[r] = 0.0f;
       for (int64_t r = 0; r < x.lanes.count; ++r) {
         const int64_t token = x.lanes.token[r], h = x.lanes.head[r], at = h * problem.tokens + token;
         const int64_t ahead = least(r + kAhead, kTile - 1);
         prefetch<0>(problem.out.at(x.lanes.token[ahead], x.lanes.head[ahead]), dim_v);
         load_row(problem.out.at(token, h), dim_v, out_row);
+        load_row(problem.dout.at(token, h), dim_v, dout_row);
         Vec sum{};
-        for (int64_t d = 0; d < ld_v; d += kLanes) sum += load(out_row + d) * load(x.dout + r * ld_v + d);
+        for (int64_t d = 0; d < ld_v; d += kLanes) sum += load(out_row + d) * load(dout_row + d);
         float delta = sum_of(sum);
         if (problem.dlse != nullptr) delta -= problem.dlse[at];
         if (problem.lse[at] > -kInfinity) x.lse[r] = problem.lse[at];
@@ -126,21 +132,25 @@ void backward(const Problem<T>& problem, const Unit& unit, float* scratch) {
     // Blocks count from the unit's first key, whichever piece of it this is.
     for (int64_t c0 = from - (from - unit.key_base) % kBlock; c0 < to; c0 += kBlock) {
       const int64_t c1 = least(c0 + kBlock, to);
-      Rows k{}, v{};
+      Keys k{}, v{};
       for (int64_t t = 0; t < tiles; ++t) {
         const BackwardTile& x = tile[t];
         if (!sight.look(problem, x.lanes, c0, c1)) continue;
-        if (k.data == nullptr) {
+        if (k.rows == nullptr) {
           k = copied(problem.k, c0, c1, unit.head_k, dim, k_copy);
           v = copied(problem.v, c0, c1, unit.head_k, dim_v, v_copy);
         }
         gradients(problem, x, sight, k, v, c0, p, ds, slope);
         if (unit.keys) {
           const int64_t key = c0 - unit.key_begin;
-          accumulate<false>(sight.key, sight.keys, p, kTile, x.dout, ld_v, dv + key * ld_v, ld_v, ld_v);
-          accumulate<false>(sight.key, sight.keys, ds, kTile, x.q, ld, dk + key * ld, ld, ld);
+          constexpr int64_t lda = kTile / kStep;
+          const float* left = along_lanes(sight, p, pairs);
+          accumulate<false>(sight.key, sight.keys, left, lda, x.dout, ld_v, dv + key * ld_v, ld_v, ld_v);
+          left = along_lanes(sight, ds, pairs);
+          accumulate<false>(sight.key, sight.keys, left, lda, x.q, ld, dk + key * ld, ld, ld);
         }
-        if (unit.queries) accumulate<true>(sight.lane, sight.lanes, ds, kTile, k.data, k.ld, x.dq, ld, ld);
+        if (unit.queries)
+          accumulate<true>(sight.lane, sight.lanes, along_keys(sight, ds, pairs), kTile, k.summed, ld, x.dq, ld, ld);
       }
     }
     for (int64_t t = 0; unit.queries && t < tiles; ++t)

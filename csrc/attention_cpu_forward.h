@@ -14,12 +14,13 @@ int64_t forward_scratch(const Problem<T>& problem, const Unit& unit) {
   const int64_t tiles = ((unit.end - unit.begin) * problem.group() + kTile - 1) / kTile;
   const int64_t ld = padded(problem.head_dim), ld_v = padded(problem.head_dim_v);
   const int64_t tile = kTile * (ld + ld_v) + int64_t(sizeof(ForwardTile) / 4 + 32);
-  return tiles * tile + kTile * (ld > ld_v ? ld : ld_v) + kBlock * (ld + ld_v + kTile) + 256;
+  return tiles * tile + kTile * ld + keys_floats(problem.head_dim) + keys_floats(problem.head_dim_v) +
+         kBlock * 2 * kTile + 256;
 }
 
 // Scores of one tile and block to probabilities in s, the running statistics brought up to date.
 template <class T>
-inline void forward_scores(const Problem<T>& problem, ForwardTile& tile, const Sight& sight, const Rows& k, int64_t key0,
+inline void forward_scores(const Problem<T>& problem, ForwardTile& tile, const Sight& sight, const Keys& k, int64_t key0,
                            float* s) {
   const Extras<T> extras{problem};
   const bool special = extras.any();
@@ -27,6 +28,7 @@ inline void forward_scores(const Problem<T>& problem, ForwardTile& tile, const S
   for (int r = 0; r < kTile; r += kLanes) store(top + r, splat(-kInfinity));
   against_keys(sight, k, tile.columns, problem.head_dim, [&](int i, int32_t lane, auto& acc) __attribute__((always_inline)) {
     constexpr int rows = sizeof(acc) / sizeof(acc[0]), wide = sizeof(acc[0]) / sizeof(Vec);
+    scale_pairs(acc, extras.factor());
     store_block(acc, s + sight.key[i].row * kTile + lane);
     if (sight.partial[i] || special) return;
 #pragma GCC unroll 4
@@ -97,12 +99,13 @@ void forward(const Problem<T>& problem, const Unit& unit, float* scratch) {
   const int64_t tiles = (rows + kTile - 1) / kTile;
   Arena arena{scratch};
   auto* tile = reinterpret_cast<ForwardTile*>(arena.take(tiles * (sizeof(ForwardTile) / 4)));
-  float* row = arena.take(kTile * (ld > ld_v ? ld : ld_v));
-  float *s = arena.take(kBlock * kTile), *k_copy = arena.take(kBlock * ld), *v_copy = arena.take(kBlock * ld_v);
+  float* row = arena.take(kTile * ld);
+  float *s = arena.take(kBlock * kTile), *pairs = arena.take(kBlock * kTile);
+  float *k_copy = arena.take(keys_floats(dim)), *v_copy = arena.take(keys_floats(dim_v));
   for (int64_t t = 0; t < tiles; ++t) {
     tile[t].lanes.set(unit.begin, unit.end, t * kTile, group, unit.head_k * group);
     tile[t].columns = arena.take(kTile * ld), tile[t].acc = arena.take(kTile * ld_v);
-    load_lanes(problem.q, tile[t].lanes, dim, Extras<T>{problem}.factor(), row, tile[t].columns);
+    load_lanes(problem.q, tile[t].lanes, dim, Extras<T>{problem}.factor(), row, tile[t].columns, nullptr);
     for (int r = 0; r < kTile; r += kLanes) store(tile[t].best + r, splat(-kInfinity)), store(tile[t].sum + r, Vec{});
     __builtin_memset(tile[t].acc, 0, tile[t].lanes.count * ld_v * sizeof(float));
   }
@@ -110,15 +113,15 @@ void forward(const Problem<T>& problem, const Unit& unit, float* scratch) {
   const int64_t stop = problem.k_end[unit.end - 1];
   for (int64_t c0 = problem.k_start[unit.begin]; c0 < stop; c0 += kBlock) {
     const int64_t c1 = least(c0 + kBlock, stop);
-    Rows k{}, v{};
+    Keys k{}, v{};
     for (int64_t t = 0; t < tiles; ++t) {
       if (!sight.look(problem, tile[t].lanes, c0, c1)) continue;
-      if (v.data == nullptr) {
+      if (k.rows == nullptr) {
         k = copied(problem.k, c0, c1, unit.head_k, dim, k_copy);
         v = copied(problem.v, c0, c1, unit.head_k, dim_v, v_copy);
       }
       forward_scores(problem, tile[t], sight, k, c0, s);
-      accumulate<true>(sight.lane, sight.lanes, s, kTile, v.data, v.ld, tile[t].acc, ld_v, ld_v);
+      accumulate<true>(sight.lane, sight.lanes, along_keys(sight, s, pairs), kTile, v.summed, ld_v, tile[t].acc, ld_v, ld_v);
     }
   }
   for (int64_t t = 0; t < tiles; ++t)

@@ -1,5 +1,5 @@
-// All kernels of one instruction set, by dtype. Included by attention_cpu_{avx512,avx2,portable}.cpp, each of which
-// defines PACKATTN_SET, the namespace, and what attention_cpu_simd.h wants.
+// All kernels of one instruction set, by dtype. Included by attention_cpu_SET.cpp, each of which sets the
+// target, opens the namespace, and defines what attention_cpu_simd.h wants.
 #include "attention_cpu_simd.h"
 #include "attention_cpu_tile.h"
 #include "attention_cpu_forward.h"
@@ -9,8 +9,10 @@ template <class T>
 Kernels<T> kernels() {
   return {&forward<T>, &backward<T>, &forward_scratch<T>, &backward_scratch<T>};
 }
-template Kernels<float> kernels<float>();
 template Kernels<BFloat16> kernels<BFloat16>();
-#ifdef __FLT16_MANT_DIG__
+#if !PACKATTN_PAIRS
+template Kernels<float> kernels<float>();
+#endif
+#if !PACKATTN_PAIRS && defined(__FLT16_MANT_DIG__)
 template Kernels<_Float16> kernels<_Float16>();
 #endif

@@ -2,6 +2,7 @@
 #include "attention_cpu.h"
 
 namespace packattn::portable {
+#define PACKATTN_PAIRS 0
 #define PACKATTN_AVX512 0
 #if defined(__aarch64__)
 constexpr int kLanes = 4, kVecs = 4;  // 32 registers

@@ -3,13 +3,17 @@
 //
 // The including file defines PACKATTN_AVX512 (0 or 1), kLanes, the floats of a register, and kVecs, the registers that
 // a strip is wide: kRows * kVecs accumulators, kVecs columns and one element of the other side fill the registers.
+// PACKATTN_PAIRS is 0 where factors are floats. Else they are pairs of bfloat16, two steps of the sum in the 4 bytes of
+// a float, multiplied by vdpbf16ps (2) or by what it amounts to (1).
 
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 #define PACKATTN_INLINE inline __attribute__((always_inline))
 
-constexpr int kRows = 6;  // rows of a strip
+constexpr int kRows = 6;                   // rows of a strip
+constexpr bool kPairs = PACKATTN_PAIRS > 0;
+constexpr int64_t kStep = kPairs ? 2 : 1;  // steps of a sum in an element of a factor
 constexpr float kInfinity = __builtin_inff();
 
 PACKATTN_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
@@ -82,10 +86,10 @@ PACKATTN_INLINE Vec interleaved(Vec x, Vec y) {
 #endif
 }
 
-// to[c * ldt + r] = factor * from[r * ldf + c] for kLanes rows and columns.
+// to[c * ldt + r] = factor * from[r * ldf + c] for kLanes rows and columns; pairs are only moved.
 inline void transpose(const float* from, int64_t ldf, float factor, float* to, int64_t ldt) {
   Vec rows[kLanes], other[kLanes];
-  for (int r = 0; r < kLanes; ++r) rows[r] = load(from + r * ldf) * factor;
+  for (int r = 0; r < kLanes; ++r) rows[r] = kPairs ? load(from + r * ldf) : load(from + r * ldf) * factor;
 #pragma GCC unroll 4
   for (int stage = 1; stage < kLanes; stage *= 2) {
 #pragma GCC unroll 16
@@ -97,6 +101,20 @@ inline void transpose(const float* from, int64_t ldf, float factor, float* to, i
     for (int r = 0; r < kLanes; ++r) rows[r] = other[r];
   }
   for (int c = 0; c < kLanes; ++c) store(to + c * ldt, rows[c]);
+}
+
+// acc + x * column, of floats or, step by step, of pairs.
+PACKATTN_INLINE Vec multiplied(Vec acc, float x, Vec column) {
+#if PACKATTN_PAIRS == 2
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_ps(x), (__m512bh)column);
+#elif PACKATTN_PAIRS == 1
+  const VecI left = (VecI)_mm512_set1_ps(x), right = (VecI)column;
+  const VecI upper = VecI{} + static_cast<int32_t>(0xffff0000u);
+  acc += (Vec)(left & upper) * (Vec)(right & upper);
+  return acc + (Vec)(left << 16) * (Vec)(right << 16);
+#else
+  return acc + x * column;
+#endif
 }
 
 // The product: acc[r, n] += sum_p a[r, p] * b[p, n]. a is read element by element from rows of lda floats, or, when
@@ -115,7 +133,7 @@ PACKATTN_INLINE void multiply(const float* a, int64_t lda, const float* b, int64
     for (int r = 0; r < kR; ++r) {
       const float x = kTransposed ? a[p * lda + r] : r < 3 ? a[r * lda + p] : upper[(r - 3) * lda + p];
 #pragma GCC unroll 4
-      for (int j = 0; j < kV; ++j) acc[r][j] += x * column[j];
+      for (int j = 0; j < kV; ++j) acc[r][j] = multiplied(acc[r][j], x, column[j]);
     }
   }
 }
@@ -146,7 +164,7 @@ struct Strip {
   int32_t row, rows, from, to;
 };
 
-// c += a * b over the strips and `columns` columns, a multiple of kLanes.
+// c += a * b over the strips and `columns` columns, a multiple of kLanes; lda and ldb count elements.
 template <bool kTransposed>
 __attribute__((noinline)) void accumulate(const Strip* strips, int64_t count, const float* a, int64_t lda,
                                           const float* b, int64_t ldb, float* c, int64_t ldc, int64_t columns) {
@@ -154,7 +172,8 @@ __attribute__((noinline)) void accumulate(const Strip* strips, int64_t count, co
     const int64_t vecs = least(kVecs, (columns - n) / kLanes);
     for (const Strip* strip = strips; strip < strips + count; ++strip) {
       if (strip->from >= strip->to) continue;
-      const float* left = kTransposed ? a + strip->from * lda + strip->row : a + strip->row * lda + strip->from;
+      const int64_t from = strip->from / kStep, until = (strip->to + kStep - 1) / kStep;
+      const float* left = kTransposed ? a + from * lda + strip->row : a + strip->row * lda + from;
       float* to = c + strip->row * ldc + n;
       for_shape(strip->rows, vecs, [&](auto rows, auto wide) __attribute__((always_inline)) {
         Vec acc[rows.value][wide.value];
@@ -162,8 +181,7 @@ __attribute__((noinline)) void accumulate(const Strip* strips, int64_t count, co
         for (int r = 0; r < rows.value; ++r)
 #pragma GCC unroll 4
           for (int j = 0; j < wide.value; ++j) acc[r][j] = load(to + r * ldc + j * kLanes);
-        multiply<rows.value, wide.value, kTransposed>(left, lda, b + strip->from * ldb + n, ldb,
-                                                      strip->to - strip->from, acc);
+        multiply<rows.value, wide.value, kTransposed>(left, lda, b + from * ldb + n, ldb, until - from, acc);
 #pragma GCC unroll 8
         for (int r = 0; r < rows.value; ++r)
 #pragma GCC unroll 4

@@ -37,19 +37,49 @@ PACKATTN_INLINE void prefetch(const T* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, kWrite, 2);
 }
 
-// Rows [begin, end) of one head copied as floats, filled up to whole registers. Where they lie, a power of two apart,
-// they would fight for the same lines of the cache.
-struct Rows {
-  const float* data;
-  int64_t ld;
-};
+// Elements of a row of a factor, filled up to whole registers.
+PACKATTN_INLINE int64_t elements(int64_t dim) { return padded((dim + kStep - 1) / kStep); }
+
+// A row as elements: as floats, or as it is where pairs of bfloat16 are wanted; filled up with zeros.
 template <class T>
-inline Rows copied(const View<const T>& x, int64_t begin, int64_t end, int64_t head, int64_t dim, float* to) {
-  const Rows result{to, padded(dim)};
-  for (int64_t i = begin; i < end; ++i, to += result.ld) {
+inline void load_elements(const T* from, int64_t dim, float* to) {
+  const int64_t count = elements(dim);
+  if constexpr (kPairs) {
+    __builtin_memset(to + dim / 2, 0, (count - dim / 2) * sizeof(float));
+    __builtin_memcpy(to, from, dim * sizeof(T));
+  } else {
+    load_row(from, dim, to);
+    for (int64_t d = dim; d < count; ++d) to[d] = 0.0f;
+  }
+}
+
+// Pairs of two rows of bfloat16, element by element; no second row is one of zeros.
+inline void pair_rows(const BFloat16* even, const BFloat16* odd, int64_t dim, float* to) {
+  for (int64_t d = 0; d < padded(dim); ++d) {
+    const uint32_t pair = d < dim ? even[d].bits | uint32_t{odd == nullptr ? uint16_t{0} : odd[d].bits} << 16 : 0;
+    __builtin_memcpy(to + d, &pair, sizeof(pair));
+  }
+}
+
+// Rows of keys, copied: where they lie, a power of two apart, they would fight for the same lines of the cache.
+struct Keys {
+  const float* rows;    // elements along the row
+  int64_t ld;           // of rows
+  const float* summed;  // elements along the keys, padded(dim) apart: the rows themselves if they are floats
+};
+inline int64_t keys_floats(int64_t dim) { return kBlock * (elements(dim) + (kPairs ? padded(dim) / 2 : 0)) + 16; }
+template <class T>
+inline Keys copied(const View<const T>& x, int64_t begin, int64_t end, int64_t head, int64_t dim, float* to) {
+  Keys result{to, elements(dim), to};
+  for (int64_t i = begin; i < end; ++i) {
     prefetch<0>(x.at(least(i + kAhead, end - 1), head), dim);
-    load_row(x.at(i, head), dim, to);
-    for (int64_t d = dim; d < result.ld; ++d) to[d] = 0.0f;
+    load_elements(x.at(i, head), dim, to + (i - begin) * result.ld);
+  }
+  if constexpr (kPairs) {
+    float* pairs = to + kBlock * result.ld;
+    result.summed = pairs;
+    for (int64_t i = begin; i < end; i += 2, pairs += padded(dim))
+      pair_rows(x.at(i, head), i + 1 < end ? x.at(i + 1, head) : nullptr, dim, pairs);
   }
   return result;
 }
@@ -73,20 +103,30 @@ struct Lanes {
   }
 };
 
-// Rows of x at the lanes, as floats of ld apart, and transposed, times factor, with kTile floats a row.
+// Rows of x at the lanes: with elements along the row, transposed, times factor, kTile elements a row; and, if summed is
+// not null, with elements along the lanes, padded(dim) apart.
 template <class T>
-inline void load_lanes(const View<const T>& x, const Lanes& lanes, int64_t dim, float factor, float* rows, float* columns) {
-  const int64_t ld = padded(dim);
+inline void load_lanes(const View<const T>& x, const Lanes& lanes, int64_t dim, float factor, float* row, float* columns,
+                       float* summed) {
+  const int64_t ld = elements(dim), filled = padded(lanes.count);
+  float* rows = kPairs || summed == nullptr ? row : summed;
   for (int64_t r = 0; r < lanes.count; ++r) {
     const int64_t ahead = least(r + kAhead, kTile - 1);
     prefetch<0>(x.at(lanes.token[ahead], lanes.head[ahead]), dim);
-    load_row(x.at(lanes.token[r], lanes.head[r]), dim, rows + r * ld);
-    for (int64_t d = dim; d < ld; ++d) rows[r * ld + d] = 0.0f;
+    load_elements(x.at(lanes.token[r], lanes.head[r]), dim, rows + r * ld);
   }
-  const int64_t filled = padded(lanes.count);
   __builtin_memset(rows + lanes.count * ld, 0, (filled - lanes.count) * ld * sizeof(float));
   for (int64_t r = 0; r < filled; r += kLanes)
     for (int64_t d = 0; d < ld; d += kLanes) transpose(rows + r * ld + d, ld, factor, columns + d * kTile + r, kTile);
+  if constexpr (kPairs) {
+    if (summed == nullptr) return;
+    __builtin_memset(summed, 0, filled / 2 * padded(dim) * sizeof(float));
+    for (int64_t r = 0; r < lanes.count; r += 2) {
+      const bool both = r + 1 < lanes.count;
+      pair_rows(x.at(lanes.token[r], lanes.head[r]), both ? x.at(lanes.token[r + 1], lanes.head[r + 1]) : nullptr, dim,
+                summed + r / 2 * padded(dim));
+    }
+  }
 }
 
 // What a tile sees of the keys [begin, end): strips of keys with the lanes that see any of them, in whole registers, and
@@ -157,9 +197,43 @@ struct Sight {
   }
 };
 
+// The bits of x rounded to bfloat16, in the upper half.
+PACKATTN_INLINE VecI rounded(Vec x) {
+  const VecI bits = (VecI)x;
+  const VecI up = (bits + 0x7fff + ((bits >> 16) & 1)) & static_cast<int32_t>(0xffff0000u);
+  return x == x ? up : (bits | 0x400000) & static_cast<int32_t>(0xffff0000u);
+}
+
+// Scores of the keys of sight as elements along the keys, kTile elements apart; where floats are wanted, as they are.
+inline const float* along_keys(const Sight& sight, const float* s, float* to) {
+  if constexpr (!kPairs) return s;
+  for (int64_t j = sight.lo / 2 * 2; j < sight.hi; j += 2)
+    for (int64_t r = 0; r < kTile; r += kLanes) {
+      const VecI even = j < sight.lo ? VecI{} : rounded(load(s + j * kTile + r));
+      const VecI odd = j + 1 >= sight.hi ? VecI{} : rounded(load(s + (j + 1) * kTile + r));
+      store(to + j / 2 * kTile + r, (Vec)(((even >> 16) & 0xffff) | odd));
+    }
+  return to;
+}
+
+// Likewise along the lanes, kTile / kStep elements apart, in the ranges of the strips of keys.
+inline const float* along_lanes(const Sight& sight, const float* s, float* to) {
+  if constexpr (!kPairs) return s;
+  auto* bits = reinterpret_cast<uint16_t*>(to);
+  for (int i = 0; i < sight.keys; ++i)
+    for (int32_t j = sight.key[i].row; j < sight.key[i].row + sight.key[i].rows; ++j)
+      for (int32_t r = sight.key[i].from; r < sight.key[i].to; r += kLanes) {
+        const VecI x = rounded(load(s + j * kTile + r)) >> 16;
+        uint16_t half[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) half[lane] = static_cast<uint16_t>(x[lane]);
+        __builtin_memcpy(bits + j * kTile + r, half, sizeof(half));
+      }
+  return to;
+}
+
 // c = rows of keys times the transposed lanes, then finish(strip index, lane, accumulators) on the registers.
 template <class F>
-PACKATTN_INLINE void against_keys(const Sight& sight, const Rows& keys, const float* columns, int64_t depth, F finish) {
+PACKATTN_INLINE void against_keys(const Sight& sight, const Keys& keys, const float* columns, int64_t dim, F finish) {
   for (int32_t n = 0; n < kTile; n += kVecs * kLanes)
     for (int s = 0; s < sight.keys; ++s) {
       const Strip& strip = sight.key[s];
@@ -167,10 +241,19 @@ PACKATTN_INLINE void against_keys(const Sight& sight, const Rows& keys, const fl
       if (a >= b) continue;
       for_shape(strip.rows, (b - a) / kLanes, [&](auto rows, auto wide) __attribute__((always_inline)) {
         Vec acc[rows.value][wide.value] = {};
-        multiply<rows.value, wide.value, false>(keys.data + strip.row * keys.ld, keys.ld, columns + a, kTile, depth, acc);
+        multiply<rows.value, wide.value, false>(keys.rows + strip.row * keys.ld, keys.ld, columns + a, kTile,
+                                                (dim + kStep - 1) / kStep, acc);
         finish(s, a, acc);
       });
     }
+}
+
+// What was not multiplied into the columns.
+template <int kR, int kV>
+PACKATTN_INLINE void scale_pairs(Vec (&acc)[kR][kV], float factor) {
+  if constexpr (kPairs)
+    for (int r = 0; r < kR; ++r)
+      for (int j = 0; j < kV; ++j) acc[r][j] *= factor;
 }
 
 template <int kR, int kV>

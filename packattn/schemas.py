@@ -17,7 +17,8 @@ _BACKWARD = (
 
 BACKENDS = ("triton", "cpu", "torch")
 # The cpu backend takes the best of these that the CPU has; each is an operator of its own, which raises on others.
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+# avx512bf16 and avx512pairs are for bfloat16; the latter does in AVX-512 what the former does, for tests.
+INSTRUCTION_SETS = ("avx512bf16", "avx512pairs", "avx512", "avx2", "portable")
 _OPERATORS = (*BACKENDS, *(f"cpu_{name}" for name in INSTRUCTION_SETS))
 
 SCHEMAS = {
