@@ -1,5 +1,6 @@
-// packattn::attention_{forward,backward}_cpu: argument checks, work units of equal cost, dispatch by instruction set.
+// packattn::attention_{forward,backward}_cpu: argument checks, dispatch by instruction set, threads.
 #include "attention_cpu.h"
+#include "attention_cpu_plan.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,32 +8,11 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <limits>
-#include <numeric>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <tuple>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PACKATTN_X86 1
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-namespace packattn::avx512 {
-constexpr int kWide = 2;
-#include "attention_cpu_kernels.h"
-}  // namespace packattn::avx512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace packattn::avx2 {
-constexpr int kWide = 1;
-#include "attention_cpu_kernels.h"
-}  // namespace packattn::avx2
-#pragma GCC pop_options
-#endif
-namespace packattn::portable {
-constexpr int kWide = 1;
-#include "attention_cpu_kernels.h"
-}  // namespace packattn::portable
 
 namespace packattn {
 namespace {
@@ -40,57 +20,59 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Pass { forward, backward_q, backward_kv };
-constexpr int64_t kTileRows = 252;  // rows of a tile of queries, a multiple of the strip
-constexpr int64_t kTileKeys = 126;
+// Each instruction set is an operator of its own, and `best` the one that users call.
+enum class Set { best, avx512bf16, avx512pairs, avx512, avx2, portable };
 
-#define PACKATTN_RUN(isa)                                                          \
-  switch (pass) {                                                                  \
-    case Pass::forward: return isa::forward(problem, units, count);                \
-    case Pass::backward_q: return isa::backward_q(problem, units, count);          \
-    case Pass::backward_kv: return isa::backward_kv(problem, units, count);        \
-  }
-
-template <class T>
-void run_units(Pass pass, const Problem<T>& problem, const Unit* units, int64_t count) {
-#ifdef PACKATTN_X86
+template <Set set, class T>
+Kernels<T> kernels_of() {
+#if PACKATTN_X86
   static const bool has_avx512 = __builtin_cpu_supports("x86-64-v4");
+  static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   static const bool has_avx2 = __builtin_cpu_supports("x86-64-v3");
-  if (has_avx512) PACKATTN_RUN(avx512)
-  if (has_avx2) PACKATTN_RUN(avx2)
+  constexpr bool pairs = set == Set::avx512bf16 || set == Set::avx512pairs;
+  STD_TORCH_CHECK(set != Set::avx512bf16 || has_bf16, "this CPU has no AVX512-BF16; call attention_*_cpu");
+  STD_TORCH_CHECK((set != Set::avx512 && set != Set::avx512pairs) || has_avx512,
+                  "this CPU has no AVX-512; call attention_*_cpu");
+  STD_TORCH_CHECK(set != Set::avx2 || has_avx2, "this CPU has no AVX2; call attention_*_cpu");
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (set == Set::avx512bf16 || (set == Set::best && has_bf16)) return avx512bf16::kernels<T>();
+    if (set == Set::avx512pairs) return avx512pairs::kernels<T>();
+  }
+  STD_TORCH_CHECK(!pairs, "these are products of bfloat16; call attention_*_cpu");
+  if (set == Set::avx512 || (set == Set::best && has_avx512)) return avx512::kernels<T>();
+  if (set == Set::avx2 || (set == Set::best && has_avx2)) return avx2::kernels<T>();
+#else
+  STD_TORCH_CHECK(set == Set::best || set == Set::portable, "AVX was not compiled; call attention_*_cpu");
 #endif
-  PACKATTN_RUN(portable)
+  return portable::kernels<T>();
 }
 
-// Cuts the rows into tiles, deals them out by cost, the largest first, and runs each thread's share. A tile's result
-// does not depend on who computes it, so neither does the output.
 template <class T>
-void run(Pass pass, const Problem<T>& problem) {
-  const bool by_keys = pass == Pass::backward_kv;
-  const int64_t length = by_keys ? problem.tokens_k : problem.tokens;
-  const int64_t step = by_keys ? kTileKeys : std::max<int64_t>(1, kTileRows / problem.group());
-  const int32_t *start = by_keys ? problem.q_start : problem.k_start, *end = by_keys ? problem.q_end : problem.k_end;
-  std::vector<Unit> units;
-  for (int64_t begin = 0; begin < length; begin += step) {
-    const int64_t last = std::min(begin + step, length);
-    int64_t cost = last - begin;
-    for (int64_t i = begin; i < last; ++i) cost += end[i] - start[i];
-    for (int64_t head = 0; head < problem.heads_k; ++head) units.push_back({head, begin, last, cost});
-  }
-  const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(units.size()));
-  if (threads <= 1) return run_units(pass, problem, units.data(), static_cast<int64_t>(units.size()));
-  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
-  std::vector<std::vector<Unit>> shares(threads);
-  std::vector<int64_t> load(threads, 0);
-  for (const Unit& unit : units) {
-    const auto least = std::min_element(load.begin(), load.end()) - load.begin();
-    load[least] += unit.cost;
-    shares[least].push_back(unit);
-  }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
-    for (int64_t t = from; t < to; ++t)
-      run_units(pass, problem, shares[t].data(), static_cast<int64_t>(shares[t].size()));
-  });
+Shape shape_of(const Problem<T>& problem) {
+  return {problem.tokens,  problem.tokens_k, problem.heads_k, problem.group(), problem.step(),
+          problem.k_start, problem.k_end,    problem.q_start, problem.q_end};
+}
+
+constexpr int64_t kCostOfThread = 1 << 14;  // less is done sooner than a thread wakes up
+
+// Runs the units on torch's threads, each of which takes the next unit when it is free. A unit's result does not depend
+// on who computes it, so neither does the output.
+template <class T>
+void run(const Problem<T>& problem, const std::vector<Unit>& units, typename Kernels<T>::Run work,
+         typename Kernels<T>::Size size) {
+  const auto count = static_cast<int64_t>(units.size());
+  int64_t floats = 0, cost = 0;
+  for (const Unit& unit : units) floats = std::max(floats, size(problem, unit)), cost += unit.cost;
+  const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), count, cost / kCostOfThread});
+  std::atomic<int64_t> next{0};
+  const auto take = [&](int64_t, int64_t) {
+    const std::unique_ptr<float, decltype(&std::free)> scratch(
+        static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)), &std::free);
+    STD_TORCH_CHECK(scratch != nullptr, "out of memory: ", floats * sizeof(float), " bytes of scratch for each thread");
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(problem, units[i], scratch.get());
+  };
+  if (threads <= 1) return take(0, 1);
+  torch::stable::parallel_for(0, threads, 1, take);
 }
 
 template <class T>
@@ -171,7 +153,8 @@ auto by_dtype(const Tensor& q, F function) {
   }
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_start,
+template <Set set>
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_start,
                                        const Tensor& k_end, const Tensor& q_start, const Tensor& q_end,
                                        const std::optional<Tensor>&, const std::optional<Tensor>& sinks,
                                        const std::optional<Tensor>& slopes, const std::optional<Tensor>& anchors,
@@ -184,12 +167,14 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const T
     Tensor lse = torch::stable::new_empty(q, {problem.heads_q, problem.tokens}, ScalarType::Float);
     problem.out_w = output<T>(out);
     problem.lse_w = static_cast<float*>(lse.mutable_data_ptr());
-    run(Pass::forward, problem);
+    const Kernels<T> kernels = kernels_of<set, T>();
+    run(problem, forward_units(shape_of(problem)), kernels.forward, kernels.forward_scratch);
     return std::tuple(out, lse);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
+template <Set set>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const Tensor& k_start, const Tensor& k_end, const Tensor& q_start,
     const Tensor& q_end, const std::optional<Tensor>&, const std::optional<Tensor>& sinks,
@@ -210,11 +195,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
     Tensor dk = torch::stable::new_empty(q, {problem.tokens_k, problem.heads_k, problem.head_dim});
     Tensor dv = torch::stable::new_empty(q, {problem.tokens_k, problem.heads_k, problem.head_dim_v});
     Tensor dsinks = torch::stable::new_empty(q, {sinks.has_value() ? problem.heads_q : 0}, ScalarType::Float);
-    std::vector<float> delta(rows);
-    problem.delta = delta.data();
+    std::vector<float> delta(problem.sinks != nullptr ? rows : 0);
+    problem.delta = problem.sinks != nullptr ? delta.data() : nullptr;
     problem.dq = output<T>(dq), problem.dk = output<T>(dk), problem.dv = output<T>(dv);
-    run(Pass::backward_q, problem);
-    run(Pass::backward_kv, problem);
+    const Kernels<T> kernels = kernels_of<set, T>();
+    run(problem, backward_units(shape_of(problem), torch::stable::get_num_threads()), kernels.backward,
+        kernels.backward_scratch);
     if (problem.sinks != nullptr) {
       auto* result = static_cast<float*>(dsinks.mutable_data_ptr());
       for (int64_t h = 0; h < problem.heads_q; ++h) {
@@ -231,8 +217,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(packattn, CPU, m) {
-  m.impl("attention_forward_cpu", TORCH_BOX(&forward_cpu));
-  m.impl("attention_backward_cpu", TORCH_BOX(&backward_cpu));
+  m.impl("attention_forward_cpu", TORCH_BOX(&forward<Set::best>));
+  m.impl("attention_backward_cpu", TORCH_BOX(&backward<Set::best>));
+  m.impl("attention_forward_cpu_avx512bf16", TORCH_BOX(&forward<Set::avx512bf16>));
+  m.impl("attention_backward_cpu_avx512bf16", TORCH_BOX(&backward<Set::avx512bf16>));
+  m.impl("attention_forward_cpu_avx512pairs", TORCH_BOX(&forward<Set::avx512pairs>));
+  m.impl("attention_backward_cpu_avx512pairs", TORCH_BOX(&backward<Set::avx512pairs>));
+  m.impl("attention_forward_cpu_avx512", TORCH_BOX(&forward<Set::avx512>));
+  m.impl("attention_backward_cpu_avx512", TORCH_BOX(&backward<Set::avx512>));
+  m.impl("attention_forward_cpu_avx2", TORCH_BOX(&forward<Set::avx2>));
+  m.impl("attention_backward_cpu_avx2", TORCH_BOX(&backward<Set::avx2>));
+  m.impl("attention_forward_cpu_portable", TORCH_BOX(&forward<Set::portable>));
+  m.impl("attention_backward_cpu_portable", TORCH_BOX(&backward<Set::portable>));
 }
 
 }  // namespace packattn

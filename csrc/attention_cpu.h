@@ -3,14 +3,19 @@
 //   s_ij = scale * q_i . k_j, capped, biased; p_ij = exp(s_ij - lse_i) where k_start_i <= j < k_end_i; out_i = sum_j p_ij v_j
 //   ds_ij = p_ij * (dout_i . v_j - delta_i); dq_i = scale * sum_j ds_ij k_j; dk_j, dv_j likewise over i
 //
-// Names: a row panel is a tile of queries (times the heads of a group) or keys, taken in strips of a few rows; a column
-// panel is the block of the other side that the rows are held against. Everything inside is float32.
+// Everything inside is float32. Lanes are rows (token, head of a group of query heads) of the query side.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PACKATTN_X86 1
+#else
+#define PACKATTN_X86 0
+#endif
 
 namespace packattn {
 
@@ -38,6 +43,10 @@ struct View {
   T* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
 };
 
+constexpr int64_t kTileLanes = 64;    // lanes of a tile
+constexpr int64_t kTilesInGroup = 4;  // tiles of queries that share one read of the keys
+constexpr int64_t kBlockKeys = 96;    // keys of a block
+
 template <class T>
 struct Problem {
   int64_t tokens, tokens_k, heads_q, heads_k, head_dim, head_dim_v;
@@ -45,7 +54,7 @@ struct Problem {
   View<T> out_w, dq, dk, dv;
   float* lse_w = nullptr;                             // (heads_q, tokens)
   const float *lse = nullptr, *dlse = nullptr;        // likewise; dlse may be null
-  float* delta = nullptr;                             // likewise: out . dout - dlse
+  float* delta = nullptr;                             // likewise: out . dout - dlse, written if not null
   const int32_t *k_start, *k_end, *q_start, *q_end;   // spans
   const float* sinks = nullptr;                       // (heads_q,) or null
   View<const float> slopes;                           // ALiBi: (tokens, heads_q), any strides; data may be null
@@ -55,16 +64,56 @@ struct Problem {
   uint32_t key0 = 0, key1 = 0, threshold = 0;         // Philox key; words below threshold are dropped
 
   int64_t group() const { return heads_q / heads_k; }
+  // Tokens whose rows fill a group of tiles.
+  int64_t step() const {
+    const int64_t tokens = kTilesInGroup * kTileLanes / group();
+    return tokens > 1 ? tokens : 1;
+  }
   float bias(int64_t query, int64_t key, int64_t head) const {
     return -*slopes.at(query, head) * static_cast<float>(std::abs(anchors[query] - key));
   }
 };
 
-// One tile of rows of one key head: the unit of work of every pass.
+// The unit of work: queries of one group of heads. In the backward pass a run of queries and the keys that they see, or
+// a piece of it: the gradients of these queries, or those of these keys. Every sum's order is that of the whole run.
 struct Unit {
-  int64_t head_k, begin, end;  // tokens (forward, dq) or keys (dk, dv)
-  int64_t cost;
+  int64_t head_k, begin, end;              // queries
+  int64_t key_base, key_begin, key_end;    // backward: first key of the run, keys of the piece
+  bool queries, keys;                      // backward: whose gradients
+  int64_t cost;                            // scores, and what a row costs by itself
 };
+
+// What one instruction set offers: a unit's work, and the floats of scratch that it needs.
+template <class T>
+struct Kernels {
+  using Run = void (*)(const Problem<T>&, const Unit&, float*);
+  using Size = int64_t (*)(const Problem<T>&, const Unit&);
+  Run forward, backward;
+  Size forward_scratch, backward_scratch;
+};
+
+#if PACKATTN_X86
+namespace avx512 {
+template <class T>
+Kernels<T> kernels();
+}
+namespace avx512bf16 {
+template <class T>
+Kernels<T> kernels();
+}
+namespace avx512pairs {
+template <class T>
+Kernels<T> kernels();
+}
+namespace avx2 {
+template <class T>
+Kernels<T> kernels();
+}
+#endif
+namespace portable {
+template <class T>
+Kernels<T> kernels();
+}
 
 // The first word of Philox4x32-10 for the counter (query, key, head, 0).
 inline uint32_t philox(uint32_t key0, uint32_t key1, uint32_t query, uint32_t key, uint32_t head) {

@@ -16,12 +16,16 @@ _BACKWARD = (
 )
 
 BACKENDS = ("triton", "cpu", "torch")
+# The cpu backend takes the best of these that the CPU has; each is an operator of its own, which raises on others.
+# avx512bf16 and avx512pairs are for bfloat16; the latter does in AVX-512 what the former does, for tests.
+INSTRUCTION_SETS = ("avx512bf16", "avx512pairs", "avx512", "avx2", "portable")
+_OPERATORS = (*BACKENDS, *(f"cpu_{name}" for name in INSTRUCTION_SETS))
 
 SCHEMAS = {
     "boundaries": (
         "(Tensor position_ids, Tensor? attention_mask)"
         " -> (Tensor seq_start, Tensor seq_end, Tensor cu_seqlens, Tensor summary)"
     ),
-    **{f"attention_forward_{backend}": _FORWARD for backend in BACKENDS},
-    **{f"attention_backward_{backend}": _BACKWARD for backend in BACKENDS},
+    **{f"attention_forward_{backend}": _FORWARD for backend in _OPERATORS},
+    **{f"attention_backward_{backend}": _BACKWARD for backend in _OPERATORS},
 }
