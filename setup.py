@@ -71,7 +71,7 @@ def extensions() -> list:
         return []
     write_schemas()
     options = {"include_dirs": [str(ROOT / "csrc"), str(GENERATED)], "py_limited_api": True}
-    cpu = ["csrc/bindings.cpp", "csrc/boundaries.cpp", "csrc/attention_cpu.cpp"]
+    cpu = ["csrc/bindings.cpp", "csrc/boundaries.cpp", "csrc/attention_cpu.cpp", "csrc/packing.cpp"]
     headers = [str(path) for path in sorted(ROOT.glob("csrc/*.h")) + sorted(ROOT.glob("csrc/*.cuh"))]
     found = [CppExtension("packattn._C", cpu, extra_compile_args=[*FLAGS, "-Wall"], depends=headers, **options)]
     nvcc = nvcc_flags()

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parent.parent
 ALLOWED = {
     "errors": set(),
     "schemas": set(),
-    "ops": {"schemas", "boundaries", "blocked", "kernels"},
+    "ops": {"schemas", "boundaries", "blocked", "kernels", "data"},
     "boundaries": {"ops"},
     "plot": {"mask"},
     "mask": {"boundaries", "errors", "plot"},
@@ -30,7 +30,7 @@ ALLOWED = {
     "attention": {"ops", "mask", "schemas", "kernels"},
     "varlen": {"attention", "mask"},
     "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas"},
-    "data": set(),
+    "data": {"ops"},
     "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
     "info": {"attention", "ops", "schemas", "selftest"},
     "__init__": {"attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
