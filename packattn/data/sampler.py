@@ -1,5 +1,6 @@
 """BalancedPackingSampler: the examples of every optimiser step as they were, spread so that no rank waits."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -156,12 +157,20 @@ class BalancedPackingSampler(Sampler[list[int]]):
         After `load_state_dict` the first list holds what was left of its step.
         """
         first, done = self._start
+        ranks = self.num_replicas if self.rank == "all" else 1
         iterator = iter(batches)
         for step in range(first, self.num_steps):
-            taken = [next(iterator)]  # so that the sampler, which runs ahead, has worked out this step
-            left = self.micro_steps_of(step) * (self.num_replicas if self.rank == "all" else 1) - done
-            yield taken + [next(iterator) for _ in range(left - 1)]
+            taken = list(itertools.islice(iterator, 1))  # the sampler runs ahead and has then worked this step out
+            left = (self.micro_steps_of(step) - done) * ranks
+            taken.extend(itertools.islice(iterator, left - 1))
+            if len(taken) < left:
+                raise ValueError(
+                    f"batches ended in step {step} of {self.num_steps}, after {len(taken)} of {left} micro-batches; "
+                    "give a loader whose batch_sampler is this sampler."
+                )
+            yield taken
             done = 0
+        self._start = (0, 0)
 
     def __iter__(self) -> Iterator[list[int]]:
         (first, skipped), self._start = self._start, (0, 0)
