@@ -2,7 +2,21 @@
 
 from packattn.data.balance import Cost
 from packattn.data.collator import PackingCollator
-from packattn.data.packing import PackingPlan, pack, pack_histogram
+from packattn.data.dataset import PackedDataset, PackRows, pack_dataset
+from packattn.data.packing import PackingPlan, Piece, pack, pack_histogram
 from packattn.data.sampler import BalancedPackingSampler
+from packattn.data.stream import PackedStream
 
-__all__ = ["BalancedPackingSampler", "Cost", "PackingCollator", "PackingPlan", "pack", "pack_histogram"]
+__all__ = [
+    "BalancedPackingSampler",
+    "Cost",
+    "PackRows",
+    "PackedDataset",
+    "PackedStream",
+    "PackingCollator",
+    "PackingPlan",
+    "Piece",
+    "pack",
+    "pack_dataset",
+    "pack_histogram",
+]
