@@ -4,6 +4,7 @@ from packattn.data.balance import Cost
 from packattn.data.collator import PackingCollator
 from packattn.data.dataset import PackedDataset, PackRows, pack_dataset
 from packattn.data.packing import PackingPlan, Piece, pack, pack_histogram
+from packattn.data.report import PackingReport, packing_report
 from packattn.data.sampler import BalancedPackingSampler
 from packattn.data.stream import PackedStream
 
@@ -15,8 +16,10 @@ __all__ = [
     "PackedStream",
     "PackingCollator",
     "PackingPlan",
+    "PackingReport",
     "Piece",
     "pack",
     "pack_dataset",
     "pack_histogram",
+    "packing_report",
 ]
