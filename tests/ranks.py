@@ -33,10 +33,11 @@ def examples():
 
 
 def arguments(folder, batch, accumulation):
+    backend = "gloo" if torch.distributed.is_initialized() else None
     return TrainingArguments(
         folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=2,
         learning_rate=RATE, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, logging_strategy="no",
-        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=3, ddp_backend="gloo" if torch.distributed.is_initialized() else None,
+        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=3, ddp_backend=backend,
     )  # fmt: skip
 
 

@@ -70,7 +70,11 @@ BAD = [
     ([{"input_ids": [1, 2], "text": "a story"}], TypeError, "field 'text' must hold one number per token, got str"),
     ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], ValueError, "marks 1 of 2 tokens as padding"),
     ([{"input_ids": [1, 2], "seq_idx": [0, 1]}], ValueError, "has seq_idx, which packing decides"),
-    ([{"input_ids": [1, 2], "position_ids": [3, 4]}], ValueError, "must begin at the start_position, 0, .* got 3 first"),
+    (
+        [{"input_ids": [1, 2], "position_ids": [3, 4]}],
+        ValueError,
+        "must begin at the start_position, 0, .* got 3 first",
+    ),
     ([{"input_ids": [1, 2], "position_ids": [0, -1]}], ValueError, "got 0 first and -1 as the least"),
     ([{"input_ids": [1, 2], "position_ids": [0.0, 1.0]}], TypeError, "'position_ids' must hold integers"),
 ]
@@ -102,7 +106,9 @@ def test_bins_of_examples_are_taken_one_after_another():
 
 
 def test_packed_rows_keep_their_boundaries_and_lose_each_first_label_once():
-    rows = [{name: values[0] for name, values in PackingCollator()(part).items()} for part in (EXAMPLES, EXAMPLES[::-1])]
+    rows = [
+        {name: values[0] for name, values in PackingCollator()(part).items()} for part in (EXAMPLES, EXAMPLES[::-1])
+    ]
     assert lists(PackingCollator()(rows)) == lists(PackingCollator()([*EXAMPLES, *EXAMPLES[::-1]]))
     unmasked = [row | {"labels": row["input_ids"]} for row in rows]
     assert lists(PackingCollator()(unmasked)) == lists(PackingCollator()(rows))

@@ -34,7 +34,7 @@ ALLOWED = {
     "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
     "info": {"attention", "ops", "schemas", "selftest"},
     "__init__": {"attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
-    "__main__": {"info", "selftest", "attention", "ops"},
+    "__main__": {"info", "selftest", "attention", "ops", "data", "hf"},
 }
 
 

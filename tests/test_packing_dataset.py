@@ -137,9 +137,9 @@ class Source:
 SOURCES = {
     "iterable": Source,
     "datasets": lambda examples: datasets.Dataset.from_list(examples).to_iterable_dataset(num_shards=4),
-    "shuffled datasets": lambda examples: datasets.Dataset.from_list(examples)
-    .to_iterable_dataset(num_shards=4)
-    .shuffle(seed=3, buffer_size=10),
+    "shuffled datasets": lambda examples: (
+        datasets.Dataset.from_list(examples).to_iterable_dataset(num_shards=4).shuffle(seed=3, buffer_size=10)
+    ),
 }
 
 

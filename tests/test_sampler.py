@@ -4,7 +4,6 @@ import itertools
 import random
 
 import pytest
-import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -95,7 +94,7 @@ def test_the_slowest_of_8_ranks_is_within_5_percent_of_the_least_possible(global
     sampler = BalancedPackingSampler(lengths, global_batch, num_replicas=8, rank=0, cost=cost)
     for step in range(sampler.num_steps - 1):
         costs = micro_step_costs(lengths, cost, sampler.assignment(step))
-        examples = [cost(lengths[i]) for i in sampler.global_batch_of(step)]
+        examples = [cost.of_length(lengths[i]) for i in sampler.global_batch_of(step)]
         slowest = max(map(sum, zip(*costs, strict=True)))
         assert sum(map(sum, costs)) == pytest.approx(sum(examples))
         assert slowest <= 1.05 * max(sum(examples) / 8, max(examples))
@@ -246,5 +245,5 @@ def test_cost_of_a_configuration():
 
     config = LlamaConfig()  # 7B
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
-    assert Cost.of(config).per_square == pytest.approx(32 * 4096 / weights)
-    assert Cost.of(config)(1000) == pytest.approx(1000 + 1000**2 * 32 * 4096 / weights)
+    assert Cost.of_model(config).per_square == pytest.approx(32 * 4096 / weights)
+    assert Cost.of_model(config).of_length(1000) == pytest.approx(1000 + 1000**2 * 32 * 4096 / weights)

@@ -16,11 +16,12 @@ class Cost(NamedTuple):
     per_token: float = 1.0
     per_square: float = 0.0
 
-    def __call__(self, length: int) -> float:
+    def of_length(self, length: int) -> float:
+        """The cost of an example of `length` tokens."""
         return self.per_token * length + self.per_square * length * length
 
     @classmethod
-    def of(cls, config: Any) -> "Cost":
+    def of_model(cls, config: Any) -> "Cost":
         """Multiplications per token and per pair of tokens of a decoder, from a Hugging Face configuration.
 
         Counts the projections, the MLP (of a mixture of experts: the experts that a token visits) and the output
@@ -71,13 +72,13 @@ def assign(
     Returns:
         None if the examples do not fit into that many micro-steps.
     """
-    costs = [cost(length) for length in lengths]
+    costs = [cost.of_length(length) for length in lengths]
     return _spread(lengths, costs, ranks, micro_steps, budget) or _fill(lengths, costs, ranks, micro_steps, budget)
 
 
 def micro_step_costs(lengths: Sequence[int], cost: Cost, micro_batches: list[list[list[int]]]) -> list[list[float]]:
     """The cost of every micro-batch, `[micro_step][rank]`."""
-    return [[sum(cost(lengths[item]) for item in items) for items in ranks] for ranks in micro_batches]
+    return [[sum(cost.of_length(lengths[item]) for item in items) for items in ranks] for ranks in micro_batches]
 
 
 def _spread(

@@ -144,8 +144,8 @@ class PackingCollator:
             return -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
         if self.pad_to is not None and tokens > self.pad_to:
             raise ValueError(
-                f"the examples hold {tokens} tokens, more than pad_to={self.pad_to}; give fewer, or raise pad_to to the "
-                "capacity or token budget that they were chosen by."
+                f"the examples hold {tokens} tokens, more than pad_to={self.pad_to}; give fewer, or raise pad_to to "
+                "the capacity or token budget that they were chosen by."
             )
         return self.pad_to or tokens
 
@@ -222,6 +222,6 @@ def _check_values(index: int, name: str, values: Tensor, length: int, start_posi
         )
     if name == "position_ids" and (values[0] != start_position or (values < start_position).any()):
         raise ValueError(
-            f"{where} must begin at the start_position, {start_position}, and nowhere lie below it, got {int(values[0])} "
-            f"first and {int(values.min())} as the least; a packed row begins with a whole example."
+            f"{where} must begin at the start_position, {start_position}, and nowhere lie below it, got "
+            f"{int(values[0])} first and {int(values.min())} as the least; a packed row begins with a whole example."
         )

@@ -63,8 +63,8 @@ def pack_dataset(
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         if lengths is not None or plan is not None or num_proc is not None or method not in (None, "best-fit"):
             raise ValueError(
-                'what can only be iterated over is packed as it comes: leave out lengths, plan, num_proc and any method '
-                'but "best-fit", or give a data set with a length.'
+                "what can only be iterated over is packed as it comes: leave out lengths, plan, num_proc and any "
+                'method but "best-fit", or give a data set with a length.'
             )
         return PackedStream(
             dataset, capacity, max_per_bin=max_per_bin, max_square=max_square, overlong=overlong, open_bins=open_bins,
@@ -264,5 +264,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-

@@ -5,15 +5,17 @@ the first two walks in C++ (10 million lengths a second), and tests hold them to
 """
 
 import bisect
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 LARGEST_CAPACITY = 2**24
+_T = TypeVar("_T")
 
 
 class Limits(NamedTuple):
@@ -58,20 +60,20 @@ class Bin(NamedTuple):
         return min(bounds)
 
 
-class _ByRoom:
+class _ByRoom(Generic[_T]):
     """Things in order of their room; of the same room, first in first out."""
 
     def __init__(self) -> None:
         self.rooms: list[int] = []
-        self.queues: dict[int, deque[Any]] = {}
+        self.queues: dict[int, deque[_T]] = {}
 
-    def push(self, room: int, thing: Any) -> None:
+    def push(self, room: int, thing: _T) -> None:
         if room not in self.queues:
             bisect.insort(self.rooms, room)
             self.queues[room] = deque()
         self.queues[room].append(thing)
 
-    def pop(self, room: int) -> Any | None:
+    def pop(self, room: int) -> _T | None:
         """Take out the oldest thing of the smallest room that is at least `room`."""
         at = bisect.bisect_left(self.rooms, room)
         if at == len(self.rooms):
@@ -82,7 +84,7 @@ class _ByRoom:
             del self.rooms[at], self.queues[found]
         return thing
 
-    def __iter__(self) -> Iterable[Any]:
+    def __iter__(self) -> Iterator[_T]:
         return (thing for room in self.rooms for thing in self.queues[room])
 
 
@@ -97,7 +99,7 @@ class BestFit:
         self.limits, self.open_bins = limits, open_bins
         self.opened = 0
         self.bins: dict[int, Bin] = {}
-        self._by_room = _ByRoom()
+        self._by_room: _ByRoom[int] = _ByRoom()
 
     def place(self, length: int) -> tuple[int, list[int]]:
         """The bin that takes this length, and the bins that are closed from now on, in that order."""
@@ -106,6 +108,7 @@ class BestFit:
         if bin_ is None:
             if self.open_bins and len(self.bins) == self.open_bins:
                 fullest = self._by_room.pop(1)
+                assert fullest is not None
                 del self.bins[fullest]
                 closed.append(fullest)
             bin_ = self.opened
@@ -200,7 +203,7 @@ class HistogramPlan(NamedTuple):
             while starts[at] < first + bins:
                 holds[starts[at]][length] = holds[starts[at]].get(length, 0) + per_bin
                 at += 1
-        return [(holds[begin], end - begin) for begin, end in zip(starts, starts[1:], strict=False)]
+        return [(holds[begin], end - begin) for begin, end in itertools.pairwise(starts)]
 
     def assign(self, lengths: Tensor, seen: dict[int, int] | None = None) -> Tensor:
         """The bin of each length, int64 (n,): the i-th sequence of a length takes that length's i-th place.
@@ -234,9 +237,9 @@ class HistogramPlan(NamedTuple):
             seen[value] = done + count
         within = torch.arange(lengths.numel()) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         place = wanted.repeat_interleave(counts) + within
-        at = torch.searchsorted(before_placement, place, right=True) - 1
+        placement = torch.searchsorted(before_placement, place, right=True) - 1
         taken = torch.empty_like(lengths)
-        taken[order] = self.first[at] + (place - before_placement[at]) // self.per_bin[at]
+        taken[order] = self.first[placement] + (place - before_placement[placement]) // self.per_bin[placement]
         return taken
 
 
@@ -247,7 +250,7 @@ def fit_histogram(counts: dict[int, int], limits: Limits) -> HistogramPlan:
     first, each into the bin that it fills best; bins with the same content are one group, and a group takes a whole
     count at once. A group only ever splits, so a group's bins are neighbours.
     """
-    groups = _ByRoom()
+    groups: _ByRoom[tuple[int, int, Bin]] = _ByRoom()
     placements: list[tuple[int, int, int, int]] = []
     opened = 0
 
@@ -258,21 +261,21 @@ def fit_histogram(counts: dict[int, int], limits: Limits) -> HistogramPlan:
         if bins and (room := after.room(limits)):
             groups.push(room, (first, bins, after))
 
-    for length in sorted(counts, reverse=True):
-        left = counts[length]
+    for size in sorted(counts, reverse=True):
+        left = counts[size]
         while left:
-            group = groups.pop(length)
+            group = groups.pop(size)
             if group is None:
-                group = opened, -(-left // Bin().times(length, limits)), Bin()
+                group = opened, -(-left // Bin().times(size, limits)), Bin()
                 opened += group[1]
-            first, bins, content = group
-            times = content.times(length, limits)
-            whole = min(bins, left // times)
+            begin, count, content = group
+            times = content.times(size, limits)
+            whole = min(count, left // times)
             left -= whole * times
-            fill(length, first, whole, times, content)
-            partial = int(whole < bins and left > 0)
-            fill(length, first + whole, partial, left, content)
-            fill(length, first + whole + partial, bins - whole - partial, 0, content)
+            fill(size, begin, whole, times, content)
+            partial = int(whole < count and left > 0)
+            fill(size, begin + whole, partial, left, content)
+            fill(size, begin + whole + partial, count - whole - partial, 0, content)
             left = 0 if partial else left
-    columns = torch.tensor(placements, dtype=torch.int64).T.contiguous()
-    return HistogramPlan(limits, *columns, num_bins=opened)
+    length, first, bins, per_bin = torch.tensor(placements, dtype=torch.int64).T.contiguous()
+    return HistogramPlan(limits, length, first, bins, per_bin, opened)

@@ -2,8 +2,9 @@
 
 import ctypes
 import hashlib
+import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from packattn import ops  # noqa: F401  (registers torch.ops.packattn)
 from packattn.data.fit import LARGEST_CAPACITY, Bin, HistogramPlan, Limits, fit_histogram
-from packattn.data.values import lengths_tensor, whole
+from packattn.data.values import lengths_tensor, whole, write_whole
 
 Method = Literal["mixed", "first-fit", "best-fit", "next-fit", "best-fit-decreasing"]
 Overlong = Literal["error", "split", "drop"]
@@ -60,6 +61,9 @@ class PackingPlan:
     def __len__(self) -> int:
         return self.offsets.numel() - 1
 
+    def __iter__(self) -> Iterator[list[Piece]]:
+        return (self[bin_] for bin_ in range(len(self)))
+
     def __getitem__(self, bin_: int) -> list[Piece]:
         if not -len(self) <= bin_ < len(self):
             raise IndexError(f"bin must lie in [0, {len(self)}), got {bin_}.")
@@ -81,7 +85,7 @@ class PackingPlan:
     @property
     def num_split(self) -> int:
         """Examples that were cut into pieces."""
-        return 0 if self.starts is None else self.examples[self.starts > 0].unique().numel()
+        return 0 if self.starts is None else torch.unique(self.examples[self.starts > 0]).numel()
 
     def per_bin(self, values: Tensor) -> Tensor:
         """Sums over the pieces of each bin: (bins,), of one value per piece, e.g. `plan.lengths ** 2`."""
@@ -91,7 +95,7 @@ class PackingPlan:
 
     def __repr__(self) -> str:
         parts = [f"{len(self):,} bins of {self.capacity:,} tokens", f"{self.fill:.2%} full"]
-        parts.append(f"{self.examples.unique().numel():,} examples, {self.tokens:,} tokens")
+        parts.append(f"{torch.unique(self.examples).numel():,} examples, {self.tokens:,} tokens")
         if self.num_split:
             parts.append(f"{self.num_split:,} examples split")
         if self.dropped.numel():
@@ -102,15 +106,9 @@ class PackingPlan:
         """Write the plan to a file, whole or not at all; an existing file is replaced."""
         path = Path(path)
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save({"format": _FORMAT, **fields}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        content = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that does not name the cause
+        torch.save({"format": _FORMAT, **fields}, content)
+        write_whole(path, lambda unfinished: unfinished.write_bytes(content.getbuffer()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PackingPlan":
@@ -266,7 +264,7 @@ def longest(limits: Limits) -> int:
 def fingerprint(lengths: Tensor) -> str:
     """A digest of lengths, int64 (n,)."""
     digest = hashlib.sha256()
-    for part in lengths.split(1 << 20):
+    for part in torch.split(lengths, 1 << 20):
         digest.update(ctypes.string_at(part.data_ptr(), 8 * part.numel()))
     return digest.hexdigest()
 

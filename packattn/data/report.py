@@ -2,22 +2,22 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from packattn.data.balance import Cost
 from packattn.data.packing import PackingPlan, pack
-from packattn.data.simulate import Setting, balanced, offline, plain, tally
+from packattn.data.simulate import Setting, Step, balanced, offline, plain, tally
 from packattn.data.values import lengths_tensor, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# A decoder of 7 billion weights (Cost.of(LlamaConfig()) of transformers): attention is 4 % of the work at 2,000 tokens.
+# A decoder of 7 billion weights, Cost.of_model(LlamaConfig()): attention is 4 % of the work at 2,000 tokens.
 SEVEN_BILLION = Cost(1.0, 1.98e-5)
 # Optimiser steps that are simulated of each approach that keeps the plain steps; beyond, figures are scaled.
 _SIMULATED = 400
@@ -88,17 +88,19 @@ class PackingReport:
     plan: PackingPlan
 
     def __str__(self) -> str:
+        lost = ""
+        if self.over:
+            cut, dropped = self.tokens_cut / self.tokens, self.tokens_dropped / self.tokens
+            lost = f": cut, they lose {self.tokens_cut:,} tokens ({cut:.1%})"
+            lost += f"; dropped, {self.tokens_dropped:,} ({dropped:.1%}); split, none"
+        shape = f"lengths {self.shortest:,} to {self.longest:,}, median {self.median:,}, mean {self.mean:,.0f}"
+        full = f"{self.bins:,} bins, {self.fill:.2%} full, {self.examples_per_bin:.1f} examples each"
         head = [
-            f"{self.examples:,} examples, {self.tokens:,} tokens; lengths {self.shortest:,} to {self.longest:,}, "
-            f"median {self.median:,}, mean {self.mean:,.0f}, 95 % below {self.p95:,}",
-            f"rows of {self.capacity:,} tokens: {self.bins:,} bins, {self.fill:.2%} full, "
-            f"{self.examples_per_bin:.1f} examples each",
-            f"{self.over:,} examples are longer than a row"
-            + (f": cutting loses {self.tokens_cut:,} tokens ({self.tokens_cut / self.tokens:.2%}), dropping "
-               f"{self.tokens_dropped:,} ({self.tokens_dropped / self.tokens:.2%}), splitting none"
-               if self.over else ""),
+            f"{self.examples:,} examples, {self.tokens:,} tokens; {shape}, 95 % up to {self.p95:,}",
+            f"rows of {self.capacity:,} tokens: {full}",
+            f"{self.over:,} examples are longer than a row{lost}",
             f"{self.ranks} ranks x mini-batch {self.minibatch} x accumulation {self.accumulation}:",
-        ]  # fmt: skip
+        ]
         names = ("approach", "steps", "examples/step", "padding", "imbalance", "of attention", "speed-up")
         rows = [names] + [
             (
@@ -152,7 +154,7 @@ def packing_report(
         lengths: tokens of each example.
         capacity: tokens of a row, and of a balanced micro-batch.
         ranks, minibatch, accumulation: the plain run; a step has ranks * minibatch * accumulation examples.
-        cost: of an example; `Cost.of(model.config)`.
+        cost: of an example; `Cost.of_model(model.config)`.
         seed: of the order of the examples.
 
     Raises:
@@ -183,7 +185,7 @@ def _approaches(lengths: Tensor, setting: Setting, cost: Cost, bins: int) -> lis
     count = min(lengths.numel(), _SIMULATED * setting.global_batch)
     part: list[int] = lengths[_chosen(lengths.numel(), count, setting.seed)].tolist()
     real = tally(plain(part, setting, padded=False), setting.ranks, float).work
-    runs = {
+    runs: dict[str, Callable[[], Iterator[Step]]] = {
         "padding": lambda: plain(part, setting, padded=True),
         "packing online": lambda: plain(part, setting, padded=False),
         "packing offline": lambda: offline(part, setting),
@@ -192,7 +194,7 @@ def _approaches(lengths: Tensor, setting: Setting, cost: Cost, bins: int) -> lis
     found: list[Approach] = []
     reference = 0.0
     for name, run in runs.items():
-        work = tally(run(), setting.ranks, cost)
+        work = tally(run(), setting.ranks, cost.of_length)
         in_tokens = tally(run(), setting.ranks, float)
         in_squares = tally(run(), setting.ranks, lambda length: float(length) ** 2)
         reference = reference or work.slowest
@@ -216,20 +218,20 @@ def _recommend(approaches: list[Approach], ranks: int) -> str:
             f"Recommended: padding. The examples are so alike that packing saves {1 - balanced_.seconds:.0%} of the "
             "time at most."
         )
-    fewer = f"{padding.steps / offline_.steps:.1f} times fewer optimiser steps ({offline_.steps:,} for {padding.steps:,})"
+    fewer = f"{padding.steps / offline_.steps:.1f} times fewer optimiser steps"
     said = (
         f"Recommended: balanced packing (BalancedPackingSampler + PackingCollator): {balanced_.speed_up:.2f} times the "
         f"speed of padding, with the examples of every optimiser step as they are."
     )
     if ranks == 1 and online.speed_up > 0.97 * balanced_.speed_up:
         said = (
-            f"Recommended: packing online (PackingCollator alone): {online.speed_up:.2f} times the speed of padding; on "
-            "one rank there is nothing to balance."
+            f"Recommended: packing online (PackingCollator alone): {online.speed_up:.2f} times the speed of padding; "
+            "on one rank there is nothing to balance."
         )
     if offline_.steps < 0.8 * padding.steps:
         said += (
-            f" Offline packing ({offline_.speed_up:.2f} times) takes {fewer}: an epoch learns less unless the rate or "
-            "the epochs are set anew."
+            f" Offline packing ({offline_.speed_up:.2f} times) takes {fewer} ({offline_.steps:,}): an epoch learns "
+            "less unless the rate or the epochs are set anew."
         )
     return said
 

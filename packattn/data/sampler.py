@@ -37,7 +37,7 @@ class BalancedPackingSampler(Sampler[list[int]]):
             `by_step(loader)` groups what the loader gives.
         num_replicas, rank: as for DistributedSampler; by default those of torch.distributed, or one. rank="all" yields
             the micro-batches of all ranks in turn, which is what `Accelerator.prepare` deals out (give num_replicas).
-        cost: of an example; `Cost.of(model.config)`, or tokens alone.
+        cost: of an example; `Cost.of_model(model.config)`, or tokens alone.
         shuffle, seed, drop_last: as for DistributedSampler.
 
     Raises:
@@ -178,7 +178,7 @@ class BalancedPackingSampler(Sampler[list[int]]):
         self._check_fit(first)
         for step in range(first, self.num_steps):
             found = self.assignment(step)
-            ranks = range(self.num_replicas) if self.rank == "all" else [self.rank]
+            ranks = range(self.num_replicas) if isinstance(self.rank, str) else range(self.rank, self.rank + 1)
             for at, micro_batch in enumerate(found):
                 if step == first and at < skipped:
                     continue

@@ -80,7 +80,9 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         while True:
             while self._ready:
                 row = self.collator(self._held.pop(self._ready.pop(0)))
-                yield {name: values[0] for name, values in row.items() if isinstance(values, Tensor) and values.ndim > 1}
+                yield {
+                    name: values[0] for name, values in row.items() if isinstance(values, Tensor) and values.ndim > 1
+                }
             if self._ended:
                 return
             example = next(source, None)
@@ -157,4 +159,3 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         self._walk.load_state_dict(state["walk"])
         self._held = {int(bin_): list(held) for bin_, held in state["held"].items()}
         self._ready, self._ended, self._resume = list(state["ready"]), state["ended"], state
-

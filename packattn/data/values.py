@@ -1,6 +1,8 @@
-"""Checks of numbers that users give."""
+"""Checks of numbers that users give, and files that are written whole or not at all."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,3 +52,15 @@ def _as_tensor(lengths: Any) -> Tensor:
         return torch.as_tensor(lengths if hasattr(lengths, "__array__") else list(lengths))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths must be integers: {error}.") from error
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file that appears at `path` whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        write(unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
