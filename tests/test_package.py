@@ -93,9 +93,9 @@ def test_every_public_name_is_there_documented_and_in_the_readme():
 
 
 def test_docstring_examples_hold():
-    names = ["packattn.boundaries", "packattn.mask", "packattn.data.collator"]
+    names = ["boundaries", "mask", "data.collator", "data.packing", "data.sampler"]
     for name in names:
-        result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": __import__("torch")})
+        result = doctest.testmod(importlib.import_module(f"packattn.{name}"), extraglobs={"torch": __import__("torch")})
         assert result.attempted > 0, name
         assert result.failed == 0, name
 
