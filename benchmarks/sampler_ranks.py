@@ -51,7 +51,7 @@ APPROACHES: dict[str, tuple[Any, Callable[..., Any], bool]] = {
 
 
 def make_examples() -> list[dict[str, list[int]]]:
-    """Real lengths; the tokens count up in a stride that the first of them says, so that there is something to learn."""
+    """Real lengths; the tokens count up in a stride that the first of them says, so that something can be learnt."""
     generator = random.Random(0)
     found = []
     for length in real_lengths("short tasks", LONGEST)[: EXAMPLES + HELD_OUT]:
@@ -116,7 +116,8 @@ def train(rank: int, ranks: int, name: str, setting: Setting) -> dict[str, float
     total = torch.stack(losses).sum()
     dist.all_reduce(total)
     return {
-        "steps": steps, "seconds": seconds, "idle": waited / seconds, "wall": wall, "loss": float(total) / len(held_out),
+        "steps": steps, "seconds": seconds, "idle": waited / seconds, "wall": wall,
+        "loss": float(total) / len(held_out),
     }  # fmt: skip
 
 

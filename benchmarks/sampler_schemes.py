@@ -1,4 +1,4 @@
-"""Ways to make micro-batches out of examples, as the samplers of the field do it: `[micro_step][rank]` lists of examples."""
+"""Ways to make micro-batches of examples, as the samplers of the field do it: `[micro_step][rank]` lists of them."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -32,13 +32,15 @@ def examples():
     return found
 
 
-def arguments(folder, batch, accumulation):
+def arguments(folder, batch, accumulation, **options):
     backend = "gloo" if torch.distributed.is_initialized() else None
-    return TrainingArguments(
-        folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=2,
-        learning_rate=RATE, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, logging_strategy="no",
-        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=3, ddp_backend=backend,
-    )  # fmt: skip
+    fixed = {
+        "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "num_train_epochs": 2,
+        "learning_rate": RATE, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0, "seed": 3,
+        "logging_strategy": "no", "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True,
+        "ddp_backend": backend,
+    }  # fmt: skip
+    return TrainingArguments(folder, **fixed | options)
 
 
 class BalancedTrainer(Trainer):

@@ -77,3 +77,19 @@ def test_both_ranks_take_as_many_micro_batches_of_the_examples_of_the_plan(runs,
         sampler.set_epoch(epoch)
         expected += list(sampler)
     assert list(itertools.chain(*zip(*taken, strict=True))) == expected
+
+
+def test_trainer_resumes_in_the_middle_of_an_epoch(tmp_path):
+    def train(checkpoint=None):
+        model = make("llama").train()
+        arguments = ranks.arguments(tmp_path, 1, 2, save_strategy="steps", save_steps=5)
+        with packattn.patch(model):
+            ranks.BalancedTrainer(
+                model, arguments, data_collator=PackingCollator(), train_dataset=ranks.examples()
+            ).train(resume_from_checkpoint=checkpoint)  # fmt: skip
+        return model.state_dict()
+
+    whole = train()
+    resumed = train(tmp_path / "checkpoint-5")
+    for name, values in whole.items():
+        assert torch.allclose(resumed[name], values, atol=1e-6), name
