@@ -34,12 +34,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=10_000_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sets", nargs="+", choices=list(NAMES), default=list(NAMES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{arguments.count:,} lengths, capacity {CAPACITY:,}, one thread, median of {arguments.repeats}\n")
     print("| set | method | CPU seconds | fill | bins | attention imbalance | peak MB |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for name in NAMES:
+    for name in arguments.sets:
         values = drawn(name, arguments.count)
         for method in METHODS:
             seconds = []
