@@ -73,7 +73,7 @@ def extensions() -> list:
     options = {"include_dirs": [str(ROOT / "csrc"), str(GENERATED)], "py_limited_api": True}
     # Relative, as setuptools wants them.
     attention = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/attention_cpu*.cpp"))
-    cpu = ["csrc/bindings.cpp", "csrc/boundaries.cpp", *attention]
+    cpu = ["csrc/bindings.cpp", "csrc/boundaries.cpp", "csrc/packing.cpp", *attention]
     headers = [str(path) for path in sorted(ROOT.glob("csrc/*.h")) + sorted(ROOT.glob("csrc/*.cuh"))]
     found = [CppExtension("packattn._C", cpu, extra_compile_args=[*FLAGS, "-Wall"], depends=headers, **options)]
     nvcc = nvcc_flags()

@@ -9,9 +9,11 @@ from packattn.mask import PackedMask
 from packattn.varlen import flash_attn_varlen_func
 
 # Loaded at first use, so that importing packattn imports neither transformers nor triton.
-_LAZY = {"patch": "packattn.hf", "Patch": "packattn.hf", "verify": "packattn.hf", "PackingCollator": "packattn.data"}
+_DATA = ("BalancedPackingSampler", "PackingCollator", "pack", "pack_dataset", "packing_report")
+_LAZY = {**dict.fromkeys(("patch", "Patch", "verify"), "packattn.hf"), **dict.fromkeys(_DATA, "packattn.data")}
 
 __all__ = [
+    "BalancedPackingSampler",
     "Boundaries",
     "PackedAttention",
     "PackedMask",
@@ -22,8 +24,11 @@ __all__ = [
     "boundaries",
     "cu_seqlens_from_position_ids",
     "flash_attn_varlen_func",
+    "pack",
+    "pack_dataset",
     "packed_attention",
     "packed_attention_with_lse",
+    "packing_report",
     "patch",
     "schedule",
     "verify",

@@ -1,4 +1,4 @@
-"""`python -m packattn`: info and selftest."""
+"""`python -m packattn`: info, selftest, report and pack."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ import torch
 
 from packattn import info, ops, selftest
 from packattn.attention import Backend
+from packattn.data import command
 
 
 def run_selftest() -> int:
@@ -37,14 +38,37 @@ def run_selftest() -> int:
     return 1 if failed else 0
 
 
+def run_data_command(arguments: argparse.Namespace) -> int:
+    """Run `report` or `pack`; 0 if it is done, 1 with the reason if not, 130 if it was interrupted."""
+
+    def load(name: str) -> object:
+        from packattn.hf.tokenizer import load_tokenizer
+
+        return load_tokenizer(name)
+
+    try:
+        print(command.run(arguments, load))
+    except KeyboardInterrupt as interruption:
+        print(f"\n{interruption or 'interrupted'}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main() -> int:
     """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="python -m packattn", description="Boundary-aware packed attention.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, what is missing and what that costs")
     commands.add_parser("selftest", help="every kernel against the oracle on this machine, in about a minute")
-    if parser.parse_args().command == "selftest":
+    command.add_commands(commands)
+    arguments = parser.parse_args()
+    if arguments.command == "selftest":
         return run_selftest()
+    if arguments.command in ("report", "pack"):
+        return run_data_command(arguments)
     print(info.report())
     return 0
 

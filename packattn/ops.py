@@ -7,6 +7,7 @@ and torch implementations are Python and imported at the first call.
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,9 @@ def _boundaries_torch(position_ids: Tensor, attention_mask: Tensor | None) -> tu
 _library.impl("boundaries", _boundaries_torch, "CompositeExplicitAutograd")
 
 
-def _python_backend(module: str, function: str) -> Callable[..., tuple[Tensor, ...]]:
-    def call(*arguments: Tensor | float | None) -> tuple[Tensor, ...]:
-        run: Callable[..., tuple[Tensor, ...]] = getattr(importlib.import_module(module), function)
+def _python_backend(module: str, function: str) -> Callable[..., Any]:
+    def call(*arguments: Tensor | float | None) -> Any:
+        run: Callable[..., Any] = getattr(importlib.import_module(module), function)
         return run(*arguments)
 
     return call
@@ -58,6 +59,8 @@ def _python_backend(module: str, function: str) -> Callable[..., tuple[Tensor, .
 for _device in ("CPU", "CUDA"):
     _library.impl("attention_forward_triton", _python_backend("packattn.kernels.launch", "forward"), _device)
     _library.impl("attention_backward_triton", _python_backend("packattn.kernels.launch", "backward"), _device)
+for _walk in ("first_fit", "best_fit"):
+    _library.impl(f"pack_{_walk}", _python_backend("packattn.data.fit", _walk), "CompositeExplicitAutograd")
 _library.impl("attention_forward_torch", _python_backend("packattn.blocked", "forward"), "CompositeExplicitAutograd")
 _library.impl("attention_backward_torch", _python_backend("packattn.blocked", "backward"), "CompositeExplicitAutograd")
 
@@ -70,6 +73,12 @@ def _(position_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tens
         return torch.empty(length, dtype=torch.int32, device=position_ids.device)
 
     return int32(tokens), int32(tokens), int32(tokens + 1), int32(4)
+
+
+@torch.library.register_fake("packattn::pack_first_fit")
+@torch.library.register_fake("packattn::pack_best_fit")
+def _(lengths: Tensor, *_: int) -> Tensor:
+    return torch.empty_like(lengths)
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:

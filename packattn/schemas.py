@@ -26,6 +26,8 @@ SCHEMAS = {
         "(Tensor position_ids, Tensor? attention_mask)"
         " -> (Tensor seq_start, Tensor seq_end, Tensor cu_seqlens, Tensor summary)"
     ),
+    "pack_first_fit": "(Tensor lengths, int capacity, int max_per_bin, int max_square) -> Tensor",
+    "pack_best_fit": "(Tensor lengths, int capacity, int max_per_bin, int max_square, int open_bins) -> Tensor",
     **{f"attention_forward_{backend}": _FORWARD for backend in _OPERATORS},
     **{f"attention_backward_{backend}": _BACKWARD for backend in _OPERATORS},
 }

@@ -69,7 +69,14 @@ BAD = [
     ([{"input_ids": [1, 2], "labels": 3}], ValueError, "'labels' must hold one value per token, got the single value"),
     ([{"input_ids": [1, 2], "text": "a story"}], TypeError, "field 'text' must hold one number per token, got str"),
     ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], ValueError, "marks 1 of 2 tokens as padding"),
-    ([{"input_ids": [1, 2], "position_ids": [0, 1]}], ValueError, "has position_ids, which packing decides"),
+    ([{"input_ids": [1, 2], "seq_idx": [0, 1]}], ValueError, "has seq_idx, which packing decides"),
+    (
+        [{"input_ids": [1, 2], "position_ids": [3, 4]}],
+        ValueError,
+        "must begin at the start_position, 0, .* got 3 first",
+    ),
+    ([{"input_ids": [1, 2], "position_ids": [0, -1]}], ValueError, "got 0 first and -1 as the least"),
+    ([{"input_ids": [1, 2], "position_ids": [0.0, 1.0]}], TypeError, "'position_ids' must hold integers"),
 ]
 
 
@@ -79,9 +86,118 @@ def test_law_10_what_cannot_be_packed_is_named(examples, error, message):
         PackingCollator()(examples)
 
 
-def test_start_position_must_be_a_position():
-    with pytest.raises(ValueError, match="start_position must be an int of at least 0, got -1"):
-        PackingCollator(start_position=-1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start_position": -1}, "start_position must be an int of at least 0, got -1"),
+        ({"pad_to": 0}, "pad_to must be an int of at least 1, got 0"),
+        ({"pad_to_multiple_of": 8.0}, "pad_to_multiple_of must be an int of at least 1, got 8.0"),
+        ({"pad_token_id": None}, "pad_token_id must be an int of at least 0, got None"),
+        ({"pad_to": 8, "pad_to_multiple_of": 8}, "give pad_to or pad_to_multiple_of, not both"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        PackingCollator(**options)
+
+
+def test_bins_of_examples_are_taken_one_after_another():
+    assert lists(PackingCollator()([EXAMPLES, EXAMPLES[:1]])) == lists(PackingCollator()([*EXAMPLES, EXAMPLES[0]]))
+
+
+def test_packed_rows_keep_their_boundaries_and_lose_each_first_label_once():
+    rows = [
+        {name: values[0] for name, values in PackingCollator()(part).items()} for part in (EXAMPLES, EXAMPLES[::-1])
+    ]
+    assert lists(PackingCollator()(rows)) == lists(PackingCollator()([*EXAMPLES, *EXAMPLES[::-1]]))
+    unmasked = [row | {"labels": row["input_ids"]} for row in rows]
+    assert lists(PackingCollator()(unmasked)) == lists(PackingCollator()(rows))
+
+
+@pytest.mark.parametrize("options", [{"pad_to": 8}, {"pad_to_multiple_of": 4}], ids=str)
+def test_a_static_row_ends_in_one_dead_segment(options):
+    examples = [e | {"weight": [0.5] * len(e["input_ids"])} for e in EXAMPLES]
+    collate = PackingCollator(start_position=2, pad_token_id=7, return_flash_attn_kwargs=True, return_seq_idx=True,
+                              **options)  # fmt: skip
+    assert {name: v if isinstance(v, int) else v.tolist() for name, v in collate(examples).items()} == {
+        "input_ids": [[11, 12, 13, 21, 22, 7, 7, 7]],
+        "labels": [[-100, 12, 13, -100, 22, -100, -100, -100]],
+        "position_ids": [[2, 3, 4, 2, 3, 2, 2, 2]],
+        "weight": [[0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0]],
+        "attention_mask": [[1, 1, 1, 1, 1, 0, 0, 0]],
+        "seq_idx": [[0, 0, 0, 1, 1, 2, 2, 2]],
+        "cu_seq_lens_q": [0, 3, 5, 8],
+        "cu_seq_lens_k": [0, 3, 5, 8],
+        "max_length_q": 3,
+        "max_length_k": 3,
+    }
+    full = collate([{"input_ids": [1] * 8}])
+    assert full["attention_mask"].tolist() == [[1] * 8]
+    assert full["cu_seq_lens_q"].tolist() == [0, 8]
+    with pytest.raises(ValueError, match="the examples hold 9 tokens, more than pad_to=8"):
+        PackingCollator(pad_to=8)([{"input_ids": [1] * 9}])
+
+
+def test_the_extra_fields_are_those_of_transformers():
+    from transformers import DataCollatorWithFlattening
+
+    wanted = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(
+        [e | {"labels": e["input_ids"]} for e in EXAMPLES]
+    )
+    found = PackingCollator(return_flash_attn_kwargs=True, return_seq_idx=True)(EXAMPLES)
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(values)), name
+        assert not isinstance(values, torch.Tensor) or values.dtype == found[name].dtype, name
+
+
+def test_the_dead_segment_adds_no_pair_of_tiles_and_no_sequence_among_the_real_ones():
+    collate = PackingCollator(pad_to=4096)
+    batch = collate([{"input_ids": list(range(1, n))} for n in (300, 50, 700)])
+    real = int(batch["attention_mask"].sum())
+    for position_ids, attention_mask in [
+        (batch["position_ids"], batch["attention_mask"]),
+        (batch["position_ids"], None),  # a mask that is lost on the way changes nothing
+    ]:
+        found = packattn.boundaries(position_ids, attention_mask)
+        mask = packattn.PackedMask.causal(found)
+        alone = packattn.PackedMask.causal(lengths=[299, 49, 699])
+        for name in ("k_start", "k_end", "q_start", "q_end"):
+            assert torch.equal(getattr(mask, name)[:real], getattr(alone, name)), name
+        dead = torch.arange(real, 4096)
+        assert torch.equal(mask.k_start[real:], dead.int())
+        assert torch.equal(mask.k_end[real:], dead.int() + 1)
+        for block in (64, 128):  # a tile of dead tokens visits the keys of its own tile and no others
+            first = torch.arange(-(-real // block) * block, 4096, block)
+            assert torch.equal(mask.k_start[first], first.int())
+            assert torch.equal(mask.k_end[first + block - 1], (first + block).int())
+    found = packattn.boundaries(batch["position_ids"], batch["attention_mask"])
+    assert int(found.num_seqs - found.summary[3]) == 3
+
+
+def test_static_rows_change_neither_loss_nor_gradient_and_compile_once():
+    model, examples = make("llama").train(), [{"input_ids": list(range(3, 3 + n))} for n in (7, 1, 19)]
+    with packattn.patch(model):
+        losses, gradients = [], []
+        for collate in (PackingCollator(), PackingCollator(pad_to=64)):
+            model.zero_grad()
+            loss = model(**collate(examples)).loss
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        graphs = []
+
+        def count(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        compiled = torch.compile(model, backend=count, fullgraph=True)
+        for lengths in [(7, 1, 19), (30,), (2, 2, 2, 2, 30), (64,)]:
+            compiled(**PackingCollator(pad_to=64)([{"input_ids": list(range(3, 3 + n))} for n in lengths]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for plain, static in zip(*gradients, strict=True):
+        assert torch.allclose(plain, static, atol=1e-6)
+    assert len(graphs) == 1
 
 
 def test_trainer_takes_it_and_its_loss_is_that_of_the_examples_alone(tmp_path):

@@ -1,5 +1,25 @@
 """The data side: examples in, packed rows out. It knows nothing of attention."""
 
+from packattn.data.balance import Cost
 from packattn.data.collator import PackingCollator
+from packattn.data.dataset import PackedDataset, PackRows, pack_dataset
+from packattn.data.packing import PackingPlan, Piece, pack, pack_histogram
+from packattn.data.report import PackingReport, packing_report
+from packattn.data.sampler import BalancedPackingSampler
+from packattn.data.stream import PackedStream
 
-__all__ = ["PackingCollator"]
+__all__ = [
+    "BalancedPackingSampler",
+    "Cost",
+    "PackRows",
+    "PackedDataset",
+    "PackedStream",
+    "PackingCollator",
+    "PackingPlan",
+    "PackingReport",
+    "Piece",
+    "pack",
+    "pack_dataset",
+    "pack_histogram",
+    "packing_report",
+]

@@ -1,14 +1,15 @@
 """PackingCollator: a mini-batch of examples, end to end in one row."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _IGNORED = -100
-_MADE_HERE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_INTEGERS = ("input_ids", "labels", "position_ids")
+_MADE_HERE = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,19 @@ class PackingCollator:
     would have to predict it; so the labels that are not -100 are exactly the tokens predicted, and a mean over them is
     the mean over the examples run alone, weighted by their tokens.
 
+    Rows of one static size (for compiled graphs, or kernels that are tuned by shape) come from `pad_to` or
+    `pad_to_multiple_of`: the row ends in one dead segment, whose tokens have an attention_mask of 0, the first
+    position and no label. Each sees itself only, with the mask or without it, so the segment adds no work between
+    tiles, whatever its size.
+
     Args:
         start_position: position of each example's first token: 0, or 2 for models of the RoBERTa family.
+        pad_to: tokens of every row.
+        pad_to_multiple_of: the tokens of a row are rounded up to a multiple of this.
+        pad_token_id: what the dead segment is made of; any token of the vocabulary.
+        return_flash_attn_kwargs: also give cu_seq_lens_q and cu_seq_lens_k, int32 (sequences + 1,), and max_length_q
+            and max_length_k, ints, for kernels of the flash-attn kind; to them a dead segment is a last sequence.
+        return_seq_idx: also give seq_idx, int32 (1, tokens), the number of each token's sequence, for Mamba kernels.
 
     >>> batch = PackingCollator()([{"input_ids": [11, 12, 13]}, {"input_ids": [21, 22]}])
     >>> for name, values in batch.items():
@@ -32,29 +44,46 @@ class PackingCollator:
     """
 
     start_position: int = 0
+    _: KW_ONLY
+    pad_to: int | None = None
+    pad_to_multiple_of: int | None = None
+    pad_token_id: int = 0
+    return_flash_attn_kwargs: bool = False
+    return_seq_idx: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.start_position) is not int or self.start_position < 0:
-            raise ValueError(f"start_position must be an int of at least 0, got {self.start_position!r}.")
+        for name, least in (("start_position", 0), ("pad_token_id", 0), ("pad_to", 1), ("pad_to_multiple_of", 1)):
+            value = getattr(self, name)
+            if value is None and name in ("pad_to", "pad_to_multiple_of"):
+                continue
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}.")
+        if self.pad_to is not None and self.pad_to_multiple_of is not None:
+            raise ValueError("give pad_to or pad_to_multiple_of, not both.")
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Pack `examples`, in their order.
 
         Args:
-            examples: mappings with the same fields, each field a list, tensor or array with one value per token.
+            examples: mappings with the same fields, each field a list, tensor or array with one value per token; or
+                lists of such mappings (the bins of a plan), which are taken one after another.
                 input_ids: integers, at least one.
                 labels: integers, optional; without them the labels are the input_ids, as for causal language models.
+                position_ids: integers, optional: the example is itself a packed row, whose positions say where its
+                    sequences begin.
                 attention_mask: optional, all ones; it is checked and dropped.
                 Any other field (token_type_ids, loss weights, ...) is packed alike and keeps its dtype.
 
         Returns:
-            input_ids, labels and position_ids, int64, then the other fields, all of shape (1, total tokens).
+            input_ids, labels and position_ids, int64, then the other fields, all of shape (1, total tokens); with
+            padding also attention_mask, int64; then what the arguments ask for.
 
         Raises:
             TypeError: an example is not a mapping, or a field holds something other than numbers of the right kind.
-            ValueError: there are no examples, or an example is empty, has padding, or has fields that do not fit.
+            ValueError: there are no examples, or an example is empty, has padding, or has fields that do not fit; they
+                do not fit into `pad_to`.
         """
-        examples = list(examples)
+        examples = list(_flat(examples))
         if not examples:
             raise ValueError("examples must hold at least one example, got none.")
         for index, example in enumerate(examples):
@@ -66,22 +95,68 @@ class PackingCollator:
         lengths = [len(ids) for ids in columns["input_ids"]]
         for name, column in columns.items():
             for index, (values, length) in enumerate(zip(column, lengths, strict=True)):
-                _check_values(index, name, values, length)
+                _check_values(index, name, values, length, self.start_position)
         columns.pop("attention_mask", None)
 
-        for name in ("input_ids", "labels"):
+        for name in _INTEGERS:
             if name in columns:
                 columns[name] = [values.long() for values in columns[name]]
         input_ids = torch.cat(columns.pop("input_ids"))
         labels = torch.cat(columns.pop("labels")) if "labels" in columns else input_ids.clone()
-        counts = torch.tensor(lengths, device=input_ids.device)
-        starts = counts.cumsum(0) - counts
+        if "position_ids" in columns:
+            positions = torch.cat(columns.pop("position_ids"))
+            jumps = positions[1:] != positions[:-1] + 1
+            starts = torch.cat([jumps.new_ones(1), jumps]).nonzero().flatten()
+        else:
+            counts = torch.tensor(lengths, device=input_ids.device)
+            starts = counts.cumsum(0) - counts
+            positions = torch.arange(len(input_ids), device=input_ids.device) - starts.repeat_interleave(counts)
+            positions += self.start_position
         labels[starts] = _IGNORED
-        inside = torch.arange(len(input_ids), device=input_ids.device) - starts.repeat_interleave(counts)
-        positions = inside + self.start_position
         packed = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
         packed |= {name: torch.cat(column) for name, column in columns.items()}
-        return {name: values[None] for name, values in packed.items()}
+        return self._finished(packed, starts)
+
+    def _finished(self, packed: dict[str, Tensor], starts: Tensor) -> dict[str, Any]:
+        """Pad the row, and add what other kernels want to know of the sequences that begin at `starts`."""
+        real = len(packed["input_ids"])
+        dead = self._size(real) - real
+        if self.pad_to is not None or self.pad_to_multiple_of is not None:
+            packed["attention_mask"] = torch.ones_like(packed["input_ids"])
+        if dead:
+            filler = {"input_ids": self.pad_token_id, "labels": _IGNORED, "position_ids": self.start_position}
+            for name, values in packed.items():
+                packed[name] = torch.cat([values, values.new_full((dead,), filler.get(name, 0))])
+            starts = torch.cat([starts, starts.new_tensor([real])])
+        batch: dict[str, Any] = {name: values[None] for name, values in packed.items()}
+        cu_seqlens = torch.cat([starts, starts.new_tensor([real + dead])])
+        if self.return_seq_idx:
+            index = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
+            batch["seq_idx"] = index.repeat_interleave(cu_seqlens.diff())[None]
+        if self.return_flash_attn_kwargs:
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = cu_seqlens.int()
+            batch["max_length_q"] = batch["max_length_k"] = int(cu_seqlens.diff().max())
+        return batch
+
+    def _size(self, tokens: int) -> int:
+        """The tokens of the row that holds `tokens` real ones."""
+        if self.pad_to_multiple_of is not None:
+            return -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        if self.pad_to is not None and tokens > self.pad_to:
+            raise ValueError(
+                f"the examples hold {tokens} tokens, more than pad_to={self.pad_to}; give fewer, or raise pad_to to "
+                "the capacity or token budget that they were chosen by."
+            )
+        return self.pad_to or tokens
+
+
+def _flat(examples: Sequence[Any]) -> Iterator[Any]:
+    """The examples one by one, out of bins where they come in bins."""
+    for example in examples:
+        if isinstance(example, (list, tuple)) and example and all(isinstance(part, Mapping) for part in example):
+            yield from example
+        else:
+            yield example
 
 
 def _check_fields(index: int, example: object, first: Mapping[str, Any]) -> None:
@@ -103,8 +178,7 @@ def _check_fields(index: int, example: object, first: Mapping[str, Any]) -> None
     made = [name for name in _MADE_HERE if name in example]
     if made:
         raise ValueError(
-            f"example {index} has {made[0]}, which packing decides; remove it (an example that is itself a packed row "
-            "is given to the model as it is)."
+            f"example {index} has {made[0]}, which packing decides; remove it, and ask the collator for it."
         )
 
 
@@ -121,7 +195,7 @@ def _values(index: int, name: str, given: object) -> Tensor:
         ) from error
 
 
-def _check_values(index: int, name: str, values: Tensor, length: int) -> None:
+def _check_values(index: int, name: str, values: Tensor, length: int, start_position: int) -> None:
     where = f"example {index}, field {name!r}"
     if values.ndim == 0:
         raise ValueError(
@@ -139,11 +213,15 @@ def _check_values(index: int, name: str, values: Tensor, length: int) -> None:
             f"{where} must hold one value for each of the {length} input_ids, got {len(values)}; align it with "
             "input_ids, or remove it."
         )
-    integers_only = name in ("input_ids", "labels")
-    if integers_only and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
+    if name in _INTEGERS and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
         raise TypeError(f"{where} must hold integers, got {values.dtype}; convert it.")
     if name == "attention_mask" and not bool((values == 1).all()):
         raise ValueError(
             f"{where} marks {int((values != 1).sum())} of {length} tokens as padding; tokenize with padding=False: "
             "packing needs none."
+        )
+    if name == "position_ids" and (values[0] != start_position or (values < start_position).any()):
+        raise ValueError(
+            f"{where} must begin at the start_position, {start_position}, and nowhere lie below it, got "
+            f"{int(values[0])} first and {int(values.min())} as the least; a packed row begins with a whole example."
         )
