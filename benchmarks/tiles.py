@@ -49,12 +49,12 @@ def candidates(family: str, name: str, dtype: torch.dtype, dim: int) -> list[Til
         blocks = blocks if dim <= 256 else [(16, 16, 4, 1), (8, 8, 4, 1), (8, 8, 2, 1)]
     elif dim <= 64:
         blocks = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 4, 3), (64, 32, 4, 3)]
-        blocks += [] if large else [(64, 32, 2, 3), (32, 32, 2, 3)]
+        blocks += [] if large else [(64, 32, 2, 3), (64, 16, 2, 3), (32, 16, 1, 3)]
     elif dim <= 128:
         blocks = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2)]
         blocks += [(64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 4, 2)]
         # 32 rows a warp: half the reads of shared memory, as far as the registers go
-        blocks += [] if large else [(128, 16, 4, 3), (128, 32, 4, 2), (64, 16, 2, 3), (32, 16, 2, 2)]
+        blocks += [] if large else [(128, 16, 4, 3), (128, 32, 4, 2), (64, 16, 2, 3)]
     elif dim <= 256:
         blocks = [(128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2)]
         blocks += [(64, 64, 4, 2), (64, 64, 8, 2)] if large else [(64, 16, 8, 2), (32, 32, 4, 2), (32, 16, 4, 2)]
@@ -130,19 +130,20 @@ def cost(line: dict[str, Any], group: int) -> float:
     if report.shared > gpu.block_shared or not blocks:
         return float("inf")
     hiding = min(1.0, 0.5 + 0.125 * blocks * tile.num_warps / 4)
+    penalty = 1 + report.spills / 64
+    if family in ("sm80", "sm86") and (report.main.shared_stores or report.main.barriers > 3):
+        penalty *= 2
+    if family == "sm90" and line["dtype"] == "16-bit" and not report.main.wgmma:
+        penalty *= 2
     if "bound" in line:
         label = next(label for label, size in GROUPS.items() if size == group)
-        return float(line["bound"][label]) / hiding * (1 + report.spills / 64)
+        return float(line["bound"][label]) / hiding * penalty
     products = {"forward": 2, "dq": 3, "dkdv": 4}[name] * sum(table.parts_of(line["dim"], tile.width))
     issue = report.main.instructions * tile.num_warps / (4 * tile.block_m * tile.block_n)
     tensor = products / gpu.fma if line["dtype"] == "16-bit" else 0.0
     # wgmma and tcgen05 read shared memory themselves, as fast as they multiply
     through_shared = report.main.wavefronts * tile.num_warps / (tile.block_m * tile.block_n)
-    cycles = max(issue, tensor, through_shared) / hiding * (1 + report.spills / 64)
-    if family in ("sm80", "sm86") and (report.main.shared_stores or report.main.barriers > 3):
-        cycles *= 2
-    if family == "sm90" and line["dtype"] == "16-bit" and not report.main.wgmma:
-        cycles *= 2
+    cycles = max(issue, tensor, through_shared) / hiding * penalty
     if name == "dkdv":
         return cycles * waste(tile.block_n, tile.block_m)
     return cycles * waste(max(1, tile.block_m // group), tile.block_n)
