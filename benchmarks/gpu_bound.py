@@ -155,6 +155,16 @@ def microseconds(profile: Profile, gpu: str) -> float:
     return ptx_bound.bound(profile, ptx_bound.GPUS[gpu]).time * 1e6
 
 
+def other_passes(tokens: int, shape: Shape, gpu: str) -> float:
+    """Microseconds of memory traffic that plain.py leaves to further launches, as FlashAttention-2 does.
+
+    delta; a float32 dq set to zero and rounded at the end; dk and dv of all query heads summed to the key heads.
+    """
+    q, kv = shape.heads_q * shape.head_dim, shape.heads_k * shape.head_dim
+    summed = 2 * (2 * q + 2 * kv) if shape.heads_q > shape.heads_k else 0
+    return tokens * (4 * q + 4 * q + 6 * q + summed) / ptx_bound.GPUS[gpu].dram * 1e6
+
+
 def figures(profile: Profile, gpu: ptx_bound.GPU) -> dict[str, Any]:
     """A line of the report."""
     made = ptx_bound.bound(profile, gpu)
@@ -179,7 +189,7 @@ def _run(job: tuple[str, list[int], str, int, str]) -> dict[Key, dict[str, Profi
     }
 
 
-def report(profiles: dict[Key, dict[str, Profile]]) -> list[dict[str, Any]]:
+def report(profiles: dict[Key, dict[str, Profile]], tokens: int) -> list[dict[str, Any]]:
     """Print the table; its lines as a list."""
     lines = []
     for name, shape in dict.fromkeys((key[0], key[1]) for key in profiles):
@@ -202,6 +212,12 @@ def report(profiles: dict[Key, dict[str, Profile]]) -> list[dict[str, Any]]:
                         f"{line['tensor']:8.0%}{line['bank']:7.2f}{line['bytes']:7.0%}{line['tiles']:7.1f}   {times}"
                     )
                     totals.setdefault(kind, []).append(line["microseconds"])
+            if "plain" in totals:
+                others = other_passes(tokens, SHAPES[shape], gpu)
+                totals["plain"].append(others)
+                print(
+                    f"{'plain other passes':24}{others:8.1f} DRAM      (delta, dq to zero and rounded, dk and dv summed)"
+                )
             if "ours" in totals and "plain" in totals:
                 forward = totals["plain"][0] / totals["ours"][0]
                 step = sum(totals["plain"]) / sum(totals["ours"])
@@ -214,6 +230,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="length of the stream")
     parser.add_argument("--sets", nargs="+", choices=packs.NAMES, default=list(SETS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--kinds", nargs="+", choices=("ours", "plain"), default=["ours", "plain"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/gpu_bound.json"))
     options = parser.parse_args()
@@ -224,11 +241,11 @@ def main() -> None:
         for name, lengths in drawn.items()
         for shape in options.shapes
         for arch in dict.fromkeys(ARCHES.values())
-        for kind in ("ours", "plain")
+        for kind in options.kinds
     ]
     with ProcessPoolExecutor(options.processes) as pool:
         profiles = {key: found for part in tqdm(pool.map(_run, jobs), total=len(jobs)) for key, found in part.items()}
-    options.out.write_text(json.dumps(report(profiles), indent=1))
+    options.out.write_text(json.dumps(report(profiles, options.tokens), indent=1))
     print(f"\nall figures: {options.out}")
 
 
