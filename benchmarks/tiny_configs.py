@@ -62,7 +62,14 @@ _GEMMA4 = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 99,
 }
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8},
+    "granitemoehybrid": _HYBRID | {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xmod": {"default_language": "en_XX"},
+    "xlstm": {"embedding_dim": 64, "num_blocks": 2, "chunk_size": 8},
     "blt": {"encoder_hash_byte_group_vocab": 99},
     "cohere_compass_text": {
         "rope_parameters": {
@@ -156,7 +163,11 @@ def shrink(config_class, depth=0, **fixed) -> PreTrainedConfig:
     """A tiny config of this class, sub-configs included."""
     default = config_class()
     given = default.to_dict()
-    changes = {name: value for name, value in _VALUES.items() if given.get(name, None) is not None and type(given[name]) in (int, float, bool)}
+    changes = {name: value for name, value in _VALUES.items() if type(given.get(name)) in (int, float, bool)}
+    changes |= {name: 0.0 for name, value in given.items() if "drop" in name and type(value) is float}
+    if "qk_rope_head_dim" in given:  # latent attention: its rotary part has a head dim of its own, and no groups
+        changes |= {"head_dim": 8, "qk_head_dim": 24, "num_key_value_heads": 4}
+        changes = {name: value for name, value in changes.items() if name in given}
     if given.get("layer_types"):
         kinds = list(dict.fromkeys(given["layer_types"]))
         kinds = kinds if len(kinds) > 1 else kinds * 2
@@ -168,15 +179,15 @@ def shrink(config_class, depth=0, **fixed) -> PreTrainedConfig:
             changes[name] = shrink(type(inner), depth + 1).to_dict()
     changes |= _OWN.get(default.model_type, {}) | fixed
     config = config_class(**changes)
-    _fix_rope(config)
+    for parameters in _rope_dicts(getattr(config, "rope_parameters", None)):
+        if "original_max_position_embeddings" in parameters:
+            parameters["original_max_position_embeddings"] = 8
+        if "mrope_section" in parameters:
+            parameters["mrope_section"] = [2, 3, 3]
     return config
 
 
-def _fix_rope(config) -> None:
-    parameters = getattr(config, "rope_parameters", None)
-    if isinstance(parameters, dict):
-        for values in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
-            if "original_max_position_embeddings" in values:
-                values["original_max_position_embeddings"] = 8
-            if "mrope_section" in values:
-                values["mrope_section"] = [2, 3, 3]
+def _rope_dicts(parameters: object) -> list[dict]:
+    if not isinstance(parameters, dict):
+        return []
+    return [parameters, *(inner for value in parameters.values() for inner in _rope_dicts(value))]

@@ -7,7 +7,7 @@ number of keys that they expect; here it is turned into spans.
 
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import masking_utils
 
 from packattn.boundaries import boundaries
 from packattn.errors import UnsupportedMaskError
+from packattn.hf.running import RUNNING
 from packattn.mask import PackedMask
 
 
@@ -23,6 +24,23 @@ def carry(position_ids: Tensor, attention_mask: Tensor | None, rows: int) -> Ten
     positions = position_ids.expand(rows, -1).int()
     real = torch.ones_like(positions) if attention_mask is None else (attention_mask != 0).int()
     return torch.stack([positions, real], 1)
+
+
+class Carried(NamedTuple):
+    """What `carry` made, for models that flatten an attention_mask of fewer than four dimensions."""
+
+    tensor: Tensor
+
+    @property
+    def ndim(self) -> int:
+        """4, as of a mask that is not touched."""
+        return 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(rows, 1, n, n), as of a dense mask."""
+        rows, _, n = self.tensor.shape
+        return (rows, 1, n, n)
 
 
 def is_carried(attention_mask: object) -> bool:
@@ -41,6 +59,8 @@ def packed_mask(
     Raises:
         UnsupportedMaskError: a mask function that is not one of those that packattn knows to be spans.
     """
+    if isinstance(attention_mask, Carried):
+        attention_mask = attention_mask.tensor
     if not is_carried(attention_mask):
         others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         dense: Tensor = masking_utils.sdpa_mask(
@@ -48,7 +68,15 @@ def packed_mask(
         )
         return dense
     assert attention_mask is not None
-    position_ids, real = attention_mask.unbind(1)
+    mask = _spans(mask_function, attention_mask)
+    running = None if torch.compiler.is_compiling() else RUNNING.get()
+    if running is not None:
+        running.masks.append(mask.k_start)
+    return mask
+
+
+def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
+    position_ids, real = carried.unbind(1)
     found = boundaries(position_ids, real)
     parts = _parts(mask_function)
     names = {name for name, _ in parts}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from packattn.hf.patch import NAME, configs_of
+from packattn.hf.patch import configs_of, is_patched
+from packattn.hf.running import RUNNING, SUSPENDED
 
 _LENGTHS = (7, 19, 1, 5, 13)
 # How models are called in the wild; transformers by itself isolates packed rows in the second way only.
@@ -112,7 +113,7 @@ def verify(
     spans = [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
     report = VerifyReport(
         type(pretrained[0]).__name__,
-        pretrained[0].config._attn_implementation == NAME,
+        is_patched(model),
         tuple(lengths),
         routed=any(getattr(config, name, None) for config in configs_of(pretrained) for name in _EXPERTS),
     )
@@ -207,11 +208,13 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _eager(pretrained: list[PreTrainedModel]) -> Iterator[None]:
     """transformers' own eager attention; packattn's hooks stand aside while it is set."""
+    token = RUNNING.set(SUSPENDED)
     before = [(config, config._attn_implementation) for config in configs_of(pretrained)]
     try:
         for config, _ in before:
             config._attn_implementation_internal = "eager"
         yield
     finally:
+        RUNNING.reset(token)
         for config, implementation in before:
             config._attn_implementation_internal = implementation
