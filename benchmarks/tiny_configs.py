@@ -54,6 +54,7 @@ _VALUES = {name: value for value, names in _SIZES.items() for name in names.spli
     "eos_token_id": 2,
     "use_mamba_kernels": False,
     "use_mambapy": False,
+    "use_sliding_window": True,
 }
 """What single architectures need beside: by model_type of the config or sub-config."""
 _GEMMA4 = {
@@ -64,6 +65,8 @@ _GEMMA4 = {
 }
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict] = {
+    "bailing_hybrid": {"head_dim": 16},
+    "deepseek_v2": {"topk_group": 1, "n_group": 1, "num_experts_per_tok": 2},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8},
     "granitemoehybrid": _HYBRID | {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},

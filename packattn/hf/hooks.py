@@ -169,6 +169,8 @@ class Carry:
             )
         carried = carry(running.position_ids, running.real, tokens.shape[0])
         arguments["attention_mask"] = Carried(carried) if self.four else carried
+        if "position_ids" in self.names and arguments.get("position_ids") is None and running.plan is not None:
+            arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
         if running.layout is not None and module.training:
             _keep_layout_in_checkpoints(module, running)
         return (), arguments
@@ -262,10 +264,10 @@ def _by_sequence(
     def call(group: Group) -> Any:
         token = RUNNING.set(SUSPENDED)
         try:
+            # Positional arguments stay so: reentrant checkpointing gives no gradient to others.
             given = {name: group.argument(name, value) for name, value in arguments.items()}
-            if kind != "equal" and "attention_mask" in names:
-                given["attention_mask"] = None
-            return forward(**given)
+            positional = [given.pop(name) for name in names[: len(args)]]
+            return forward(*positional, **given)
         finally:
             RUNNING.reset(token)
 

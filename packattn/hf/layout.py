@@ -160,7 +160,7 @@ def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any]) 
                 flat = torch.cat([part.flatten(0, 1) for part in parts])
             elif all(part.shape[:1] == (shape.numel(),) for part, shape in zip(parts, shapes, strict=True)):
                 flat = torch.cat(parts)
-            elif all(part.shape[:1] == shape[:1] for part, shape in zip(parts, shapes, strict=True)):
+            elif all(p.ndim <= 2 and p.shape[:1] == shape[:1] for p, shape in zip(parts, shapes, strict=True)):
                 return torch.cat(parts)[sequences]
             else:
                 raise _unknown(name, first)

@@ -21,7 +21,8 @@ from packattn.errors import UnsupportedModelError
 from packattn.hf.attention import attention_forward
 from packattn.hf.hooks import NAME, Carry, Check, Enter, Leave, Mark, by_sequence
 from packattn.hf.masks import packed_mask
-from packattn.hf.plan import Plan, make_plan, one_logit_a_row
+from packattn.hf.plan import Plan, make_plan
+from packattn.hf.probe import probe
 
 
 class Patch:
@@ -116,6 +117,10 @@ def patch(model: nn.Module) -> Patch:
     restore: list[Callable[[], None]] = []
     try:
         _apply(plan, restore)
+        if not plan.rows and (problem := probe(plan)):
+            Patch(model, plan, restore).remove()
+            plan.rows, plan.by_sequence, plan.attention = [problem], [], []
+            _apply(plan, restore)
     except BaseException:
         Patch(model, plan, restore).remove()
         raise

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from packattn.hf.layout import Group, Layout
 
 # Layers that mix along the row without attention.
 _MIXERS = re.compile(
     r"[Mm]amba|SSM|Ssm|[Rr]wkv|RWKV|[msx]LSTM|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|Recurrent|"
-    r"ShortConv|CausalConv|Conv1d|^LSTM$|^GRU$|^RNN$|Retention|Hyena|TokenShift|Fourier|N[Gg]ram"
+    r"ShortConv|CausalConv|Retention|Hyena|TokenShift|Fourier|N[Gg]ram"
 )
 # Of those, what only holds weights or works token by token.
 _NO_MIXERS = re.compile(r"Norm|Cache|MLP|Mlp|Rotary|Router|Experts|DecoderLayer|Output")
@@ -81,13 +82,13 @@ def make_plan(model: nn.Module) -> Plan:
     plan.refused = _refusals(model, pretrained, plan)
     if plan.refused:
         return plan
-    inside = [(name, m) for _, builder in plan.builders[:1] for name, m in builder.named_modules()]
+    inside = list(plan.builders[-1][1].named_modules())
     plan.by_sequence, unreachable = _mixers(inside)
     plan.rows = unreachable + _reasons_for_rows(plan)
     wrapped = {id(inner) for _, module, _ in plan.by_sequence for inner in module.modules()}
     plan.attention = [(name, m) for name, m in inside if calls_interface(m) and id(m) not in wrapped]
-    for name, module in inside:
-        if id(module) not in wrapped and _computes_attention(module) and not calls_interface(module):
+    for _, module in inside:
+        if id(module) not in wrapped and _computes_attention(module, wrapped):
             plan.rows.append(f"{type(module).__name__} computes attention itself")
     plan.rows = list(dict.fromkeys(plan.rows))
     poolers = [(name, m, "one") for name, m in inside if type(m).__name__.endswith("Pooler")]
@@ -108,13 +109,15 @@ def calls_interface(module: nn.Module) -> bool:
     return not isinstance(module, PreTrainedModel) and "ALL_ATTENTION_FUNCTIONS" in _source(module)
 
 
-def _computes_attention(module: nn.Module) -> bool:
-    """Whether a module is attention by its name, and holds no other that is."""
+def _computes_attention(module: nn.Module, wrapped: set[int]) -> bool:
+    """Whether a module is attention by its name, holds no other that is, and does not call the interface."""
+    inner = [m for m in module.modules() if m is not module]
     return (
         bool(re.search(r"Attention(?!.*(Output|Pool|Norm))", type(module).__name__))
-        and not isinstance(module, PreTrainedModel)
-        and not any("Attention" in type(inner).__name__ for inner in module.modules() if inner is not module)
-        and any(isinstance(inner, nn.Linear) or "Conv1D" in type(inner).__name__ for inner in module.modules())
+        and not isinstance(module, (PreTrainedModel, GradientCheckpointingLayer))
+        and not calls_interface(module)
+        and not any("Attention" in type(m).__name__ or id(m) in wrapped for m in inner)
+        and next(module.parameters(), None) is not None
     )
 
 
@@ -137,7 +140,7 @@ def _builders(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
         if not isinstance(module, PreTrainedModel):
             return False
         names = inspect.signature(module.forward).parameters
-        return "attention_mask" in names and ("input_ids" in names or "inputs_embeds" in names)
+        return "input_ids" in names or ("attention_mask" in names and "inputs_embeds" in names)
 
     text = [(name, module) for name, module in model.named_modules() if takes_text(module)]
     innermost = [
@@ -170,7 +173,7 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
     holds = {id(b): {id(m) for m in b.modules() if m is not b} for _, b in plan.builders}
     innermost = [(name, b) for name, b in plan.builders if not any(id(o) in holds[id(b)] for _, o in plan.builders)]
     if not innermost:
-        reasons.append("no part of it takes both text and an attention_mask")
+        reasons.append("no part of it takes text")
     elif len(innermost) > 1:
         listed = ", ".join(name or type(builder).__name__ for name, builder in innermost)
         reasons.append(f"several parts attend ({listed}), and position_ids describe only one of them")
@@ -211,20 +214,27 @@ def _mixers(inside: list[tuple[str, nn.Module]]) -> tuple[list[tuple[str, nn.Mod
     reasons: list[str] = []
     covered: set[int] = set()
     for name, module in inside:
-        if isinstance(module, PreTrainedModel) or id(module) in covered:
+        if isinstance(module, (PreTrainedModel, GradientCheckpointingLayer)) or id(module) in covered:
             continue
         kind = type(module).__name__
         rope = _rope_types(getattr(getattr(module, "config", None), "rope_parameters", None))
         if "RotaryEmbedding" in kind and "longrope" in rope:
             found.append((name, module, "equal"))
-        elif _MIXERS.search(kind) and not _NO_MIXERS.search(kind):
+        elif is_convolution(module):
+            reasons.append(f"{kind} in {name.rpartition('.')[0] or 'it'} mixes along the row inside of attention")
+        elif calls_interface(module) or _NO_MIXERS.search(kind):
+            continue
+        elif _MIXERS.search(kind) or any(is_convolution(child) for child in module.children()):
             covered |= {id(inner) for inner in module.modules()}
-            parameters = list(inspect.signature(module.forward).parameters)
-            if parameters and parameters[0] in ("hidden_states", "x", "hidden", "inputs", "hidden_state"):
-                found.append((name, module, "similar"))
-            else:
-                reasons.append(f"{kind} mixes along the row, and cannot be run by sequence")
+            found.append((name, module, "similar"))
     return found, reasons
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module of torch itself mixes along the row."""
+    if isinstance(module, nn.Conv1d):
+        return module.kernel_size != (1,)
+    return isinstance(module, (nn.LSTM, nn.GRU, nn.RNN))
 
 
 def _rope_types(parameters: object) -> set[str]:
@@ -242,7 +252,8 @@ def imports_mask_builders(builder: PreTrainedModel) -> bool:
 
 
 def _embeds_by_mask(module: nn.Module) -> bool:
-    return (
-        bool(re.search(r"Embeddings?$", type(module).__name__))
-        and "attention_mask" in inspect.signature(module.forward).parameters
-    )
+    if not re.search(r"Embeddings?$", type(module).__name__):
+        return False
+    names = inspect.signature(module.forward).parameters
+    # A table of positions that takes them when it is given them, as `Carry` does.
+    return "attention_mask" in names and not (isinstance(module, nn.Embedding) and "position_ids" in names)
