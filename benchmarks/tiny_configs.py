@@ -4,10 +4,8 @@ Windows, chunks, top-k of indexers, original context lengths and temperature flo
 row of some tens of tokens crosses all of them.
 """
 
-import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FAMILIES = {
     "causal": ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -67,7 +65,13 @@ _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict] = {
     "bailing_hybrid": {"head_dim": 16},
     "deepseek_v2": {"topk_group": 1, "n_group": 1, "num_experts_per_tok": 2},
-    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8},
+    "bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 8,
+    },
     "granitemoehybrid": _HYBRID | {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
@@ -108,7 +112,10 @@ _OWN: dict[str, dict] = {
         "vocab_size_per_layer_input": 99,
         "laurel_rank": 8,
     },
-    "dbrx": {"ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+    },
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
     "glm5_next": {"num_key_value_heads": 4},
@@ -167,6 +174,8 @@ def shrink(config_class, depth=0, **fixed) -> PreTrainedConfig:
     default = config_class()
     given = default.to_dict()
     changes = {name: value for name, value in _VALUES.items() if type(given.get(name)) in (int, float, bool)}
+    if "pad_token_id" in given:
+        changes["pad_token_id"] = 0 if given["pad_token_id"] is None else min(given["pad_token_id"], 3)
     changes |= {name: 0.0 for name, value in given.items() if "drop" in name and type(value) is float}
     if "qk_rope_head_dim" in given:  # latent attention: its rotary part has a head dim of its own, and no groups
         changes |= {"head_dim": 8, "qk_head_dim": 24, "num_key_value_heads": 4}
@@ -176,7 +185,7 @@ def shrink(config_class, depth=0, **fixed) -> PreTrainedConfig:
         kinds = kinds if len(kinds) > 1 else kinds * 2
         changes["layer_types"] = kinds
         changes["num_hidden_layers"] = len(kinds)
-    for name, sub in getattr(config_class, "sub_configs", {}).items():
+    for name in getattr(config_class, "sub_configs", {}):
         inner = getattr(default, name, None)
         if isinstance(inner, PreTrainedConfig):
             changes[name] = shrink(type(inner), depth + 1).to_dict()

@@ -29,12 +29,13 @@ ALLOWED = {
     "kernels": {"dropout"},
     "attention": {"ops", "mask", "schemas", "kernels"},
     "varlen": {"attention", "mask"},
+    "losses": {"boundaries"},
     "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas"},
     "data": set(),
     "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
     "info": {"attention", "ops", "schemas", "selftest"},
-    "__init__": {"attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
-    "__main__": {"info", "selftest", "attention", "ops"},
+    "__init__": {"losses", "attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
+    "__main__": {"hf", "info", "selftest", "attention", "ops"},
 }
 
 

@@ -173,10 +173,18 @@ REFUSED = {
 }
 
 
+_STATE = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
+# Layers that mix along the row beside attention, or in its place: they run on one row per sequence.
+HYBRIDS = {
+    "bamba": lambda: BambaForCausalLM(BambaConfig(**_GROUPED, **_STATE, attn_layer_indices=[1])),
+    "mamba": lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2)),
+}
+
+
 def make(name):
     """The model, with the same weights every time, in eval mode, in transformers' eager attention."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = (MODELS | HYBRIDS)[name]().eval()
     model.set_attn_implementation("eager")
     return model
 

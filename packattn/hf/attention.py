@@ -18,7 +18,7 @@ HARMLESS = frozenset(
         "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "logits_to_keep",
         "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states",
         "output_router_logits", "past_key_values", "position_embeddings", "position_ids", "return_dict",
-        "sliding_window", "token_type_ids", "use_cache",
+        "seq_idx", "sliding_window", "token_type_ids", "use_cache",
     }
 )  # fmt: skip
 
@@ -74,6 +74,11 @@ def attention_forward(
             f"{type(module).__name__} got no packattn mask, so packed sequences would not be isolated: the model does "
             "not build its mask by transformers' mask builders. Remove the patch, and train this model unpacked."
         )
+    if running is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+        raise RuntimeError(
+            f"{type(module).__name__} attends by attn_implementation='packattn', but its model is not patched, so that "
+            "nothing tells packed sequences apart. Call packattn.patch(model) after loading it."
+        )
     return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
 
 
@@ -83,8 +88,10 @@ def _tempered(module: nn.Module, query: Tensor, mask: PackedMask) -> Tensor:
         return query
     index = torch.arange(mask.tokens, device=query.device)
 
+    floor, slope = float(module.floor_scale), float(module.attn_scale)  # type: ignore[arg-type]
+
     def scale(index: Tensor) -> Tensor:
-        return torch.log1p(torch.floor((index.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        return torch.log1p(torch.floor((index.float() + 1.0) / floor)) * slope + 1.0
 
     rows, _, n, _ = query.shape
     ratio = scale(index - mask.k_start) / scale(index % n)

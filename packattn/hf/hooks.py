@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from packattn.hf.inputs import cache_of, check, holds_tokens, is_prepared, no_restarts
+from packattn.hf.inputs import cache_of, check, first_or_later, holds_tokens, is_prepared, no_restarts
 from packattn.hf.layout import Group, Layout, by_group
 from packattn.hf.masks import Carried, carry
-from packattn.hf.plan import Plan, one_logit_a_row
+from packattn.hf.plan import Plan, looks_back, one_logit_a_row
 from packattn.hf.running import RUNNING, SUSPENDED, Running
 from packattn.mask import PackedMask
 
@@ -39,10 +39,12 @@ class Enter:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling() and not self.plan.needs_layout:
             return None
+        if torch.compiler.is_compiling():
+            untraced: tuple[tuple[Any, ...], dict[str, Any]] | None = _enter_untraced(self, module, args, kwargs)
+            return untraced
         return _enter(self, module, args, kwargs)
 
 
-@torch.compiler.disable
 def _enter(
     hook: Enter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -70,6 +72,9 @@ def _enter(
     return (), arguments
 
 
+_enter_untraced: Callable[..., Any] = torch.compiler.disable(_enter)  # type: ignore[no-untyped-call]
+
+
 def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool:
     """Fill in what a forward is; False where it is left to transformers."""
     position_ids, attention_mask = arguments.get("position_ids"), arguments.get("attention_mask")
@@ -80,8 +85,11 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     check(tokens, position_ids, attention_mask, arguments)
     if position_ids is None:
         position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        position_ids = position_ids + (running.plan.first_position if running.plan is not None else 0)
     elif position_ids.ndim == 3:
         position_ids = position_ids[0]
+    elif running.plan is not None and running.plan.first_position:
+        first_or_later(position_ids, attention_mask, running.plan.first_position)
     running.position_ids, running.real = position_ids.expand(tokens.shape[0], -1), attention_mask
     running.packed = True
     if running.plan is not None and running.plan.needs_layout:
@@ -98,7 +106,13 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
     layout = running.layout
     assert layout is not None
     (group,) = layout.one
-    pad = getattr(module.config.get_text_config(), "pad_token_id", None) or 0  # type: ignore[union-attr]
+    if running.plan is not None and running.plan.mixes and not looks_back(module) and not bool(group.real.all()):
+        raise NotImplementedError(
+            f"{type(module).__name__} makes one result of a row, and its layers mix along the row in both directions, "
+            "padding included: packattn can unpack its packed rows only where all sequences have one length."
+        )
+    assert isinstance(module, PreTrainedModel)
+    pad = getattr(module.config.get_text_config(), "pad_token_id", None) or 0
     for name, value in list(arguments.items()):
         if name == "input_ids" and value is not None:
             arguments[name] = group.take(value, pad)
@@ -109,7 +123,7 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
     if isinstance(labels, Tensor) and labels.shape[0] != len(layout.starts):
         raise ValueError(
             f"labels must hold one label for each of the {len(layout.starts)} packed sequences, in their order, got "
-            f"shape {tuple(labels.shape)}. packattn.per_sequence makes them from packed rows."
+            f"shape {tuple(labels.shape)}."
         )
     running.position_ids = group.take(running.position_ids) if running.position_ids is not None else None
     running.real, running.layout = group.real.long(), None
@@ -158,7 +172,7 @@ class Carry:
         if not isinstance(tokens, Tensor) or holds_masks(arguments.get("attention_mask")):
             return None
         if running is None:  # compiled, or called without the model around it
-            running = Running()
+            running = Running(plan=self.plan)
             if not prepare(running, arguments, tokens):
                 return None
         if not running.packed or running.position_ids is None:
@@ -169,7 +183,7 @@ class Carry:
             )
         carried = carry(running.position_ids, running.real, tokens.shape[0])
         arguments["attention_mask"] = Carried(carried) if self.four else carried
-        if "position_ids" in self.names and arguments.get("position_ids") is None and running.plan is not None:
+        if "position_ids" in self.names and arguments.get("position_ids") is None:
             arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
         if running.layout is not None and module.training:
             _keep_layout_in_checkpoints(module, running)
@@ -234,7 +248,9 @@ class Check:
             )
 
 
-def by_sequence(module: nn.Module, before: Callable[..., Any] | None, plan: Plan, kind: str, *args: Any, **kwargs: Any) -> Any:
+def by_sequence(
+    module: nn.Module, before: Callable[..., Any] | None, plan: Plan, kind: str, *args: Any, **kwargs: Any
+) -> Any:
     """The forward of a layer that runs on one row per sequence while a packed batch goes through the model."""
     forward = before if before is not None else partial(type(module).forward, module)
     if torch.compiler.is_compiling():
@@ -274,7 +290,7 @@ def _by_sequence(
     return by_group(layout, plan.groups(layout, kind), call)
 
 
-_disabled = torch.compiler.disable(_by_sequence)
+_disabled: Callable[..., Any] = torch.compiler.disable(_by_sequence)  # type: ignore[no-untyped-call]
 
 
 def _no_sharded_layers(module: nn.Module) -> None:

@@ -56,6 +56,18 @@ def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
     )
 
 
+def first_or_later(position_ids: Tensor, attention_mask: Any, first: int) -> None:
+    """Assert on the device that positions begin where the model's own do."""
+    right = position_ids >= first
+    if isinstance(attention_mask, Tensor):
+        right = right | (attention_mask == 0)
+    torch._assert_async(
+        right.all(),
+        f"position_ids hold values below {first}, where the positions of this model begin (the RoBERTa family counts "
+        f"from after its padding index): use packattn.PackingCollator(start_position={first}).",
+    )
+
+
 def check(tokens: Tensor, position_ids: Any, attention_mask: Any, arguments: dict[str, Any]) -> None:
     """Raise on anything that packattn would have to guess about."""
     rows, n = tokens.shape[:2]
@@ -94,4 +106,10 @@ def check(tokens: Tensor, position_ids: Any, attention_mask: Any, arguments: dic
         raise ValueError(
             f"{' and '.join(explicit)} came without position_ids, by which packattn finds the sequences. Pass "
             "position_ids that restart with every sequence (PackingCollator makes them)."
+        )
+    seq_idx = arguments.get("seq_idx")
+    if isinstance(seq_idx, Tensor) and isinstance(position_ids, Tensor) and seq_idx.shape == position_ids.shape:
+        torch._assert_async(
+            ((seq_idx.diff(dim=1) == 0) | (position_ids.diff(dim=1) != 1)).all(),
+            "seq_idx begins a sequence where position_ids go on; packattn separates sequences by position_ids.",
         )

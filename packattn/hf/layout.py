@@ -35,7 +35,7 @@ class Layout:
         """Read the boundaries back from the device: waits for it."""
         rows, n = position_ids.shape
         found = boundaries(position_ids, real)
-        starts = found.seq_start.unique_consecutive()
+        starts = torch.unique_consecutive(found.seq_start)
         ends = found.seq_end[starts.long()]
         pairs = torch.stack([starts, ends - starts])
         if real is not None:
@@ -116,6 +116,8 @@ class Group:
         rows, n = self.layout.rows, self.layout.n
         if name.endswith("mask") and (value is None or isinstance(value, (Tensor, PackedMask))):
             return None  # the rows hold what it said
+        if name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
+            return None  # every row is one sequence
         if isinstance(value, Cache) or name in ("use_cache", "cache", "past_key_values", "cache_params"):
             return False if name == "use_cache" else None
         if isinstance(value, (tuple, list)):
@@ -165,7 +167,7 @@ def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any]) 
             else:
                 raise _unknown(name, first)
             flat = torch.cat([flat, flat.new_zeros((1, *flat.shape[1:]))])[back[:-1]]
-            return flat if parts[0].shape[:2] != shapes[0] else flat.unflatten(0, (layout.rows, layout.n))
+            return flat if parts[0].shape[:2] != shapes[0] else flat.view(layout.rows, layout.n, *flat.shape[1:])
         raise _unknown(name, first)
 
     return put_back(results, "output")

@@ -14,15 +14,13 @@ from types import TracebackType
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from packattn.errors import UnsupportedModelError
-from packattn.hf.attention import attention_forward
 from packattn.hf.hooks import NAME, Carry, Check, Enter, Leave, Mark, by_sequence
-from packattn.hf.masks import packed_mask
 from packattn.hf.plan import Plan, make_plan
-from packattn.hf.probe import probe
+from packattn.hf.probe import first_position, probe
 
 
 class Patch:
@@ -112,8 +110,7 @@ def patch(model: nn.Module) -> Patch:
         raise UnsupportedModelError(
             f"packattn cannot isolate packed sequences in {name}:\n{listed}\nTrain it unpacked, one example a row."
         )
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, packed_mask)
+    plan.first_position = first_position(plan.builders[-1][1])
     restore: list[Callable[[], None]] = []
     try:
         _apply(plan, restore)
@@ -153,10 +150,13 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
         hook = Enter(plan, list(parameters), "position_ids" in parameters or passes_on)
         restore.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
     if plan.rows:
+        for config in configs_of(builders):
+            if config._attn_implementation == NAME:  # loaded so
+                restore.append(_set_implementation(config, "eager"))
         restore.append(_wrap(builders[0], plan, "equal"))
     else:
         for config in configs_of([*builders, *plan.entries]):
-            restore.append(_set_implementation(config))
+            restore.append(_set_implementation(config, NAME))
         for builder in builders:
             four = bool(re.search(r"attention_mask\.(view|reshape)\(", inspect.getsource(type(builder))))
             carry = Carry(plan, list(inspect.signature(builder.forward).parameters), four)
@@ -170,13 +170,13 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
         restore.append(module.register_forward_hook(Leave(), always_call=True).remove)
 
 
-def _set_implementation(config: PreTrainedConfig) -> Callable[[], None]:
+def _set_implementation(config: PreTrainedConfig, name: str) -> Callable[[], None]:
     before = config._attn_implementation
 
     def restore() -> None:
         config._attn_implementation_internal = before
 
-    config._attn_implementation_internal = NAME
+    config._attn_implementation_internal = name
     return restore
 
 

@@ -16,6 +16,10 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from packattn.hf.layout import Group, Layout
 
@@ -23,6 +27,10 @@ from packattn.hf.layout import Group, Layout
 _MIXERS = re.compile(
     r"[Mm]amba|SSM|Ssm|[Rr]wkv|RWKV|[msx]LSTM|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|Recurrent|"
     r"ShortConv|CausalConv|Retention|Hyena|TokenShift|Fourier|N[Gg]ram"
+)
+# Of those, what looks back only: padding on the right changes nothing.
+_CAUSAL = re.compile(
+    r"[Mm]amba|Bamba|FalconH1Mixer|[Rr]wkv|[msx]LSTM|Delta|Lightning|Recurrent|ShortConv|Inkling|Cca|CCA"
 )
 # Of those, what only holds weights or works token by token.
 _NO_MIXERS = re.compile(r"Norm|Cache|MLP|Mlp|Rotary|Router|Experts|DecoderLayer|Output")
@@ -49,6 +57,7 @@ class Plan:
             Layout.
         rows: reasons why the builders run on one row per sequence as a whole; empty: they do not.
         refused: reasons why the model cannot be isolated at all.
+        first_position: where the model's own positions begin: 0, or 2 in the RoBERTa family.
     """
 
     entries: list[PreTrainedModel] = field(default_factory=list)
@@ -57,6 +66,7 @@ class Plan:
     by_sequence: list[tuple[str, nn.Module, str]] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    first_position: int = 0
 
     @property
     def needs_layout(self) -> bool:
@@ -104,6 +114,12 @@ def one_logit_a_row(module: nn.Module) -> bool:
     return bool(_ONE_LOGIT_A_ROW.search(type(module).__name__))
 
 
+def looks_back(module: PreTrainedModel) -> bool:
+    """Whether a model is a causal one, which padding on the right does not change."""
+    kind = module.config.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
 def calls_interface(module: nn.Module) -> bool:
     """Whether a module calls transformers' attention interface."""
     return not isinstance(module, PreTrainedModel) and "ALL_ATTENTION_FUNCTIONS" in _source(module)
@@ -134,7 +150,7 @@ def _outermost(pretrained: list[PreTrainedModel]) -> list[PreTrainedModel]:
 
 
 def _builders(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
-    """The text models that build masks, from the outside in: the innermost, and those around it that build masks too."""
+    """The text models that build masks, from the outside in: the innermost, and those around it that do too."""
 
     def takes_text(module: nn.Module) -> bool:
         if not isinstance(module, PreTrainedModel):
@@ -226,7 +242,7 @@ def _mixers(inside: list[tuple[str, nn.Module]]) -> tuple[list[tuple[str, nn.Mod
             continue
         elif _MIXERS.search(kind) or any(is_convolution(child) for child in module.children()):
             covered |= {id(inner) for inner in module.modules()}
-            found.append((name, module, "similar"))
+            found.append((name, module, "similar" if _CAUSAL.search(kind) else "equal"))
     return found, reasons
 
 

@@ -1,5 +1,9 @@
 """One small packed forward when a model is patched: what its code does not tell, its behaviour does."""
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -7,6 +11,13 @@ from transformers import PreTrainedModel
 from packattn.hf.plan import Plan
 
 _LENGTHS = (3, 5)
+
+
+def runnable(builder: PreTrainedModel) -> bool:
+    """Whether the weights of a model are here and whole, so that a small forward can be run."""
+    weights = [p for p in builder.parameters() if p.is_floating_point()]
+    whole = all(type(p) in (Tensor, nn.Parameter) and not p.is_meta and p.numel() for p in weights)
+    return bool(weights) and whole and isinstance(getattr(builder.get_input_embeddings(), "weight", None), Tensor)
 
 
 def probe(plan: Plan) -> str | None:
@@ -17,30 +28,20 @@ def probe(plan: Plan) -> str | None:
         beside text) is left to the checks of every forward.
     """
     builder = plan.builders[0][1]
-    weights = [p for p in builder.parameters() if p.is_floating_point()]
-    if not weights or any(type(p) not in (Tensor, nn.Parameter) or p.is_meta or p.numel() == 0 for p in weights):
+    if not runnable(builder):
         return None
-    embed = builder.get_input_embeddings()
-    if not isinstance(getattr(embed, "weight", None), Tensor):
-        return None
-    first = _first_position(builder)
-    positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(embed.weight.device) + first
-    ids = (torch.arange(sum(_LENGTHS), device=positions.device)[None] + 3) % embed.weight.shape[0]
+    weight = builder.get_input_embeddings().weight
+    positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(weight.device) + plan.first_position
+    ids = (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
     changed = ids.clone()
-    changed[:, : _LENGTHS[0]] = (ids[:, : _LENGTHS[0]] + 7) % embed.weight.shape[0]
-    modes = [(module, module.training) for module in builder.modules()]
-    devices = sorted({p.device.index for p in weights if p.device.type == "cuda"})
+    changed[:, : _LENGTHS[0]] = (ids[:, : _LENGTHS[0]] + 7) % weight.shape[0]
     try:
-        builder.eval()
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with _undisturbed(builder):
             one, other = (_second(builder, given, positions) for given in (ids, changed))
     except NotImplementedError as error:
         return str(error)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         return str(error) if "packattn" in str(error) else None
-    finally:
-        for module, training in modes:
-            module.training = training
     if one is None or other is None or one.shape != other.shape or not bool(torch.isfinite(one).all()):
         return None
     # Experts may round differently with other neighbours; a leak is orders larger.
@@ -50,15 +51,53 @@ def probe(plan: Plan) -> str | None:
     return None
 
 
+def first_position(builder: PreTrainedModel) -> int:
+    """Where a model's own positions begin: 0, or after the padding index in the RoBERTa family.
+
+    Found by what goes into its table of positions when none are given, and when zeros are.
+    """
+    takes = "position_ids" in inspect.signature(builder.forward).parameters
+    tables = [
+        module
+        for name, module in builder.named_modules()
+        if "pos" in name.rpartition(".")[2] and "Embedding" in type(module).__name__ and hasattr(module, "weight")
+    ]
+    if not takes or not tables or not runnable(builder):
+        return 0
+    seen: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(int(args[0].flatten()[0]))
+
+    weight = builder.get_input_embeddings().weight
+    ids = (torch.arange(4, device=weight.device)[None] + 3) % weight.shape[0]
+    handle = tables[0].register_forward_pre_hook(note)
+    try:
+        with _undisturbed(builder):
+            builder(input_ids=ids)
+            builder(input_ids=ids, position_ids=torch.zeros_like(ids))
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return 0
+    finally:
+        handle.remove()
+    return seen[0] - seen[-1] if len(seen) == 2 else 0
+
+
+@contextmanager
+def _undisturbed(builder: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, no gradients, the random state as before afterwards."""
+    modes = [(module, module.training) for module in builder.modules()]
+    devices = sorted({p.device.index for p in builder.parameters() if p.device.type == "cuda"})
+    try:
+        builder.eval()
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def _second(builder: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor | None:
     output = builder(input_ids=ids, position_ids=positions)
     hidden = output.get("last_hidden_state") if hasattr(output, "get") else output[0]
     return hidden[:, _LENGTHS[0] :] if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
-
-
-def _first_position(model: nn.Module) -> int:
-    """Where the positions of a sequence begin: after the padding index in the RoBERTa family."""
-    for module in model.modules():
-        if hasattr(type(module), "create_position_ids_from_input_ids"):
-            return int(module.padding_idx) + 1  # type: ignore[arg-type]
-    return 0
