@@ -2,7 +2,7 @@
 
     python -m benchmarks.architectures [--family causal] [--only llama ...] [--style default ...] [--table]
 
-For each architecture a tiny random model (`tiny_configs`) is run on its sequences one by one, unpatched, and then
+For each architecture a tiny random model (`packattn.hf.tiny`) is run on its sequences one by one, unpatched, and then
 patched on packed rows: logits and gradients of all parameters must agree. The log (out/architectures.jsonl) resumes;
 --table writes docs/architectures.md from it.
 """
@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import packattn
-from benchmarks.tiny_configs import CONFIG_MAPPING, FAMILIES, shrink
 from packattn.hf.probe import first_position
+from packattn.hf.tiny import FAMILIES, shrink
 
 ROWS = ([7, 19, 1, 13], [20, 11, 9])
 PADDING = ROWS[1][-1]
@@ -103,10 +104,9 @@ class Case:
 
     def _run_alone(self, row: int, span: slice) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = {"input_ids": self.ids[row : row + 1, span]}
-        try:
-            output = self.output(**inputs)
-        except ValueError:  # a cache of recurrent states only, asked for its length
-            output = self.output(**inputs, use_cache=False)
+        if self.model.config.model_type in ("rwkv", "xlstm"):  # their cached forward has no gradient
+            inputs["use_cache"] = False
+        output = self.output(**inputs)
         if self.cotangent is None:
             generator = torch.Generator().manual_seed(1)
             self.cotangent = torch.randn(2, self.ids.shape[1], output.shape[-1], generator=generator)
@@ -293,6 +293,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--style", nargs="+", default=STYLES, choices=STYLES)
     parser.add_argument("--log", type=Path, default=Path("out/architectures.jsonl"))
+    parser.add_argument("--table", action="store_true", help="write docs/architectures.md from the log, run nothing")
     parser.add_argument("--again", action="store_true", help="also what the log holds")
     parser.add_argument("--chunk", type=int, default=20)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -305,6 +306,9 @@ def main() -> int:
         return 0
     options.log.parent.mkdir(exist_ok=True, parents=True)
     entries = read(options.log)
+    if options.table:
+        Path("docs/architectures.md").write_text(table(entries))
+        return 0
     for family in options.family or FAMILIES:
         names = [n for n in FAMILIES[family][1] if (not options.only or n in options.only)]
         names = [n for n in names if options.again or (family, n) not in entries]
@@ -335,6 +339,51 @@ def main() -> int:
         counts = Counter(verdict(entry) for key, entry in entries.items() if key[0] == family)
         print(f"{family:<16} {dict(counts)}")
     return 0
+
+
+_HOW = {
+    "spans": "packed attention in every layer",
+    "by sequence": "packed attention, and single layers on one row per sequence: state-space and linear-attention "
+    "mixers, short convolutions, rotary embeddings that look at the longest position",
+    "rows": "all layers on one row per sequence, equal lengths together, in transformers' own attention; `patch` warns",
+}
+
+
+def table(entries: dict[tuple[str, str], dict]) -> str:
+    """docs/architectures.md."""
+    lines = [
+        "# Architectures",
+        "",
+        f"Every architecture that transformers {transformers.__version__} registers, as a tiny random float32 model:",
+        "logits",
+        "and gradients of packed rows under `packattn.patch` against the sequences run alone, in eight call styles",
+        f"({', '.join(STYLES)}).",
+        "Windows, chunks, top-k and original context lengths are shorter than the sequences. Written by",
+        "`python -m benchmarks.architectures --table`.",
+        "",
+        "* **exact**: equal to rounding in every style that the architecture has. How:",
+        *(f"  * *{how}*: {what}" for how, what in _HOW.items()),
+        "* **refused**: raises before the first number, for the reason given.",
+        "* **not run**: no verdict: the tiny model could not be built or run alone, for the reason given.",
+        "",
+        "| family | exact | of these by spans | by sequence | by rows | refused | not run | silent |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for family in FAMILIES:
+        mine = [entry for (f, _), entry in entries.items() if f == family]
+        counts = Counter(verdict(entry) for entry in mine)
+        hows = Counter(entry["how"] for entry in mine if verdict(entry) == "exact")
+        cells = [counts["exact"], *(hows[how] for how in _HOW), counts["refused"], counts["not run"]]
+        lines.append(f"| {family} | {' | '.join(map(str, cells))} | {counts['silent'] + counts['error']} |")
+    for family, (auto, _) in FAMILIES.items():
+        lines += ["", f"## {family} ({auto})", "", "| architecture | family | outcome | how, or why not |"]
+        lines.append("| --- | --- | --- | --- |")
+        for (_, name), entry in sorted((key, e) for key, e in entries.items() if key[0] == family):
+            kind = verdict(entry)
+            why = entry["how"] if kind == "exact" else reason(entry).partition("] ")[2] or reason(entry)
+            why = " ".join(why.replace("|", "/").split()).removeprefix("- ")
+            lines.append(f"| `{name}` | {family} | {kind} | {why if len(why) <= 160 else why[:157] + '...'} |")
+    return "\n".join(lines) + "\n"
 
 
 def reason(entry: dict) -> str:

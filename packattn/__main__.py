@@ -1,4 +1,4 @@
-"""`python -m packattn`: info and selftest."""
+"""`python -m packattn`: info, selftest and verify."""
 
 import argparse
 import sys
@@ -37,14 +37,42 @@ def run_selftest() -> int:
     return 1 if failed else 0
 
 
+def run_verify(what: str, *, plain: bool, implementation: str | None, lengths: list[int] | None) -> int:
+    """Probe a saved model, or a tiny random one of a model type; 0 if its packed sequences are isolated and exact."""
+    from pathlib import Path
+
+    import transformers
+
+    from packattn.hf import patch, verify
+    from packattn.hf.tiny import load
+
+    transformers.logging.set_verbosity_error()
+    model = load(Path(what) if Path(what).exists() else what)
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    if not plain:
+        print(patch(model))
+    report = verify(model, lengths=lengths) if lengths else verify(model)
+    print(report)
+    return 0 if report.ok else 1
+
+
 def main() -> int:
     """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="python -m packattn", description="Boundary-aware packed attention.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, what is missing and what that costs")
     commands.add_parser("selftest", help="every kernel against the oracle on this machine, in about a minute")
-    if parser.parse_args().command == "selftest":
+    probe = commands.add_parser("verify", help="whether the packed sequences of a model see each other")
+    probe.add_argument("model", metavar="PATH_OR_MODEL_TYPE", help="a saved model, or a type: a tiny one")
+    probe.add_argument("--plain", action="store_true", help="transformers as it is, without packattn.patch")
+    probe.add_argument("--attention", metavar="NAME", help="attn_implementation to probe with --plain: sdpa, eager ...")
+    probe.add_argument("--lengths", type=int, nargs="+", metavar="N", help="of the sequences")
+    options = parser.parse_args()
+    if options.command == "selftest":
         return run_selftest()
+    if options.command == "verify":
+        return run_verify(options.model, plain=options.plain, implementation=options.attention, lengths=options.lengths)
     print(info.report())
     return 0
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from packattn.hf.plan import Plan
+from packattn.hf.running import RUNNING, SUSPENDED
 
 _LENGTHS = (3, 5)
 
@@ -72,6 +73,7 @@ def first_position(builder: PreTrainedModel) -> int:
     weight = builder.get_input_embeddings().weight
     ids = (torch.arange(4, device=weight.device)[None] + 3) % weight.shape[0]
     handle = tables[0].register_forward_pre_hook(note)
+    token = RUNNING.set(SUSPENDED)
     try:
         with _undisturbed(builder):
             builder(input_ids=ids)
@@ -79,6 +81,7 @@ def first_position(builder: PreTrainedModel) -> int:
     except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         return 0
     finally:
+        RUNNING.reset(token)
         handle.remove()
     return seen[0] - seen[-1] if len(seen) == 2 else 0
 

@@ -4,8 +4,14 @@ Windows, chunks, top-k of indexers, original context lengths and temperature flo
 row of some tens of tokens crosses all of them.
 """
 
-from transformers import PreTrainedConfig
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FAMILIES = {
     "causal": ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -18,6 +24,7 @@ FAMILIES = {
     "encoder": ("AutoModel", modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
     "vision-language": ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
 }
+
 
 _SIZES = {
     64: "hidden_size n_embd d_model dim embed_dim embedding_size word_embed_proj_dim decoder_hidden_size emb_dim "
@@ -41,7 +48,7 @@ _SIZES = {
     6: "attention_chunk_size chunk_length",
     1: "n_group topk_group num_shared_experts n_shared_experts first_k_dense_replace",
 }
-_VALUES = {name: value for value, names in _SIZES.items() for name in names.split()} | {
+_VALUES: dict[str, Any] = {name: value for value, names in _SIZES.items() for name in names.split()} | {
     "index_topk": 4,
     "floor_scale": 4,
     "initializer_range": 0.1,
@@ -54,17 +61,17 @@ _VALUES = {name: value for value, names in _SIZES.items() for name in names.spli
     "use_mambapy": False,
     "use_sliding_window": True,
 }
-"""What single architectures need beside: by model_type of the config or sub-config."""
-_GEMMA4 = {
+# What single architectures need beside, by the model_type of the config or sub-config.
+_GEMMA4: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
     "per_layer_config": {"1": {"head_dim": 32}},
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 99,
 }
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
-_OWN: dict[str, dict] = {
-    "bailing_hybrid": {"head_dim": 16},
+_OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"topk_group": 1, "n_group": 1, "num_experts_per_tok": 2},
+    "bailing_hybrid": {"num_expert_group": 1, "linear_head_dim": 16, "linear_num_heads": 4},
     "bamba": {
         "attn_layer_indices": [1],
         "mamba_n_heads": 8,
@@ -76,7 +83,7 @@ _OWN: dict[str, dict] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xmod": {"default_language": "en_XX"},
-    "xlstm": {"embedding_dim": 64, "num_blocks": 2, "chunk_size": 8},
+    "xlstm": {"embedding_dim": 64, "num_blocks": 2, "chunk_size": 8, "head_dim": 16, "num_heads": 2},
     "blt": {"encoder_hash_byte_group_vocab": 99},
     "cohere_compass_text": {
         "rope_parameters": {
@@ -169,7 +176,7 @@ _OWN: dict[str, dict] = {
 }
 
 
-def shrink(config_class, depth=0, **fixed) -> PreTrainedConfig:
+def shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """A tiny config of this class, sub-configs included."""
     default = config_class()
     given = default.to_dict()
@@ -188,18 +195,36 @@ def shrink(config_class, depth=0, **fixed) -> PreTrainedConfig:
     for name in getattr(config_class, "sub_configs", {}):
         inner = getattr(default, name, None)
         if isinstance(inner, PreTrainedConfig):
-            changes[name] = shrink(type(inner), depth + 1).to_dict()
-    changes |= _OWN.get(default.model_type, {}) | fixed
+            changes[name] = shrink(type(inner)).to_dict()
+    changes |= _OWN.get(default.model_type, {})
     config = config_class(**changes)
     for parameters in _rope_dicts(getattr(config, "rope_parameters", None)):
         if "original_max_position_embeddings" in parameters:
             parameters["original_max_position_embeddings"] = 8
         if "mrope_section" in parameters:
-            parameters["mrope_section"] = [2, 3, 3]
+            half = int(8 * parameters.get("partial_rotary_factor", 1.0))
+            parameters["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
     return config
 
 
-def _rope_dicts(parameters: object) -> list[dict]:
+def _rope_dicts(parameters: object) -> list[dict[str, Any]]:
     if not isinstance(parameters, dict):
         return []
     return [parameters, *(inner for value in parameters.values() for inner in _rope_dicts(value))]
+
+
+def load(what: Path | str) -> PreTrainedModel:
+    """A saved model by its folder, or a tiny random one by its model type, in eval mode.
+
+    Raises:
+        ValueError: neither a folder nor a model type that transformers registers with a head or an encoder.
+    """
+    if isinstance(what, Path):
+        config = AutoConfig.from_pretrained(what)
+        made = getattr(transformers, (config.architectures or [""])[0], AutoModel)
+        return made.from_pretrained(what).eval()  # type: ignore[no-any-return]
+    for auto, names in FAMILIES.values():
+        if what in names:
+            torch.manual_seed(0)
+            return getattr(transformers, auto).from_config(shrink(CONFIG_MAPPING[what])).eval()  # type: ignore[no-any-return]
+    raise ValueError(f"{what!r} is neither a folder with a saved model nor a model type that transformers registers.")
