@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,35 +56,28 @@ def probe(plan: Plan) -> str | None:
 def first_position(builder: PreTrainedModel) -> int:
     """Where a model's own positions begin: 0, or after the padding index in the RoBERTa family.
 
-    Found by what goes into its table of positions when none are given, and when zeros are.
+    Found by which positions give what the model gives without any. 0 if it cannot be run here.
     """
-    takes = "position_ids" in inspect.signature(builder.forward).parameters
-    tables = [
-        module
-        for name, module in builder.named_modules()
-        if "pos" in name.rpartition(".")[2] and "Embedding" in type(module).__name__ and hasattr(module, "weight")
-    ]
-    if not takes or not tables or not runnable(builder):
+    if "position_ids" not in inspect.signature(builder.forward).parameters or not runnable(builder):
         return 0
-    seen: list[int] = []
-
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(int(args[0].flatten()[0]))
-
     weight = builder.get_input_embeddings().weight
-    ids = (torch.arange(4, device=weight.device)[None] + 3) % weight.shape[0]
-    handle = tables[0].register_forward_pre_hook(note)
+    ids = (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    padding = getattr(builder.config, "pad_token_id", None)
+    firsts = dict.fromkeys([0, 2, (padding if isinstance(padding, int) else 0) + 1])
     token = RUNNING.set(SUSPENDED)
     try:
         with _undisturbed(builder):
-            builder(input_ids=ids)
-            builder(input_ids=ids, position_ids=torch.zeros_like(ids))
+            own = _hidden(builder(input_ids=ids))
+            for first in firsts:
+                given = _hidden(builder(input_ids=ids, position_ids=positions + first))
+                if own is not None and given is not None and torch.allclose(given, own, rtol=1e-3, atol=1e-4):
+                    return first
     except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         return 0
     finally:
         RUNNING.reset(token)
-        handle.remove()
-    return seen[0] - seen[-1] if len(seen) == 2 else 0
+    return 0
 
 
 @contextmanager
@@ -101,6 +95,10 @@ def _undisturbed(builder: PreTrainedModel) -> Iterator[None]:
 
 
 def _second(builder: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor | None:
-    output = builder(input_ids=ids, position_ids=positions)
+    hidden = _hidden(builder(input_ids=ids, position_ids=positions))
+    return None if hidden is None else hidden[:, _LENGTHS[0] :]
+
+
+def _hidden(output: Any) -> Tensor | None:
     hidden = output.get("last_hidden_state") if hasattr(output, "get") else output[0]
-    return hidden[:, _LENGTHS[0] :] if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
+    return hidden if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
