@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from packattn.attention import PackedAttention, packed_attention, packed_attention_with_lse, schedule
 from packattn.boundaries import Boundaries, boundaries, cu_seqlens_from_position_ids
 from packattn.errors import UnsupportedMaskError, UnsupportedModelError
+from packattn.losses import count_over_ranks, mean_over_sequences, mean_over_tokens, pool, token_losses
 from packattn.mask import PackedMask
 from packattn.varlen import flash_attn_varlen_func
 
@@ -22,15 +23,20 @@ __all__ = [
     "UnsupportedMaskError",
     "UnsupportedModelError",
     "boundaries",
+    "count_over_ranks",
     "cu_seqlens_from_position_ids",
     "flash_attn_varlen_func",
+    "mean_over_sequences",
+    "mean_over_tokens",
     "pack",
     "pack_dataset",
     "packed_attention",
     "packed_attention_with_lse",
     "packing_report",
     "patch",
+    "pool",
     "schedule",
+    "token_losses",
     "verify",
 ]
 

@@ -1,4 +1,4 @@
-"""`python -m packattn`: info, selftest, report and pack."""
+"""`python -m packattn`: info, selftest, verify, report and pack."""
 
 import argparse
 import sys
@@ -57,16 +57,43 @@ def run_data_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_verify(what: str, *, plain: bool, implementation: str | None, lengths: list[int] | None) -> int:
+    """Probe a saved model, or a tiny random one of a model type; 0 if its packed sequences are isolated and exact."""
+    from pathlib import Path
+
+    from packattn.hf import patch, verify
+    from packattn.hf.tiny import load, quiet
+
+    quiet()
+    model = load(Path(what) if Path(what).exists() else what)
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    if not plain:
+        print(patch(model))
+    report = verify(model, lengths=lengths) if lengths else verify(model)
+    print(report)
+    return 0 if report.ok else 1
+
+
 def main() -> int:
     """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="python -m packattn", description="Boundary-aware packed attention.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, what is missing and what that costs")
     commands.add_parser("selftest", help="every kernel against the oracle on this machine, in about a minute")
+    probe = commands.add_parser("verify", help="whether the packed sequences of a model see each other")
+    probe.add_argument("model", metavar="PATH_OR_MODEL_TYPE", help="a saved model, or a type: a tiny one")
+    probe.add_argument("--plain", action="store_true", help="transformers as it is, without packattn.patch")
+    probe.add_argument("--attention", metavar="NAME", help="attn_implementation to probe with --plain: sdpa, eager ...")
+    probe.add_argument("--lengths", type=int, nargs="+", metavar="N", help="of the sequences")
     command.add_commands(commands)
     arguments = parser.parse_args()
     if arguments.command == "selftest":
         return run_selftest()
+    if arguments.command == "verify":
+        return run_verify(
+            arguments.model, plain=arguments.plain, implementation=arguments.attention, lengths=arguments.lengths
+        )
     if arguments.command in ("report", "pack"):
         return run_data_command(arguments)
     print(info.report())

@@ -63,6 +63,8 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("double backward (create_graph=True) through packed attention is not supported.")
         saved = ctx.saved_tensors
         out, sinks = saved[3], saved[10]
         dout = torch.zeros_like(out) if dout is None else _last_dim_contiguous(dout)

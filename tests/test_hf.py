@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import LENGTHS, MODELS, REFUSED, SMALL, VOCABULARY, alone, make, packed_row, spans, start_position
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PersimmonConfig, PersimmonForCausalLM
+from transformers import DynamicCache, PersimmonConfig, PersimmonForCausalLM, StaticCache
 
 import packattn
 from packattn import PackedMask, UnsupportedMaskError, UnsupportedModelError
@@ -262,6 +262,11 @@ BAD = [
     ({"position_ids": IDS.float()}, TypeError, "position_ids must be an integer tensor .*, got torch.float32"),
     ({"position_ids": IDS[:, :5]}, ValueError, r"position_ids must have shape \(rows, n\) = \(2, 6\), .* \(2, 5\)"),
     ({"position_ids": IDS.expand(3, 2, 6)}, ValueError, "position_ids of shape .* several planes"),
+    (
+        {"position_ids": IDS.cumsum(1), "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)},
+        RuntimeError,
+        "seq_idx begins a sequence where position_ids go on",
+    ),
     ({"position_ids": IDS.to("meta")}, ValueError, "position_ids must be on the device of the input, cpu, got meta"),
     ({"attention_mask": IDS[:, :4]}, ValueError, r"attention_mask must have shape .* got \(2, 4\)"),
     ({"attention_mask": IDS.float()}, TypeError, "attention_mask must be an integer tensor"),
@@ -316,7 +321,7 @@ def test_law_3_unknown_masks_and_arguments_are_refused():
     q, mask, layer = torch.zeros(1, 2, 4, 16), PackedMask.causal(lengths=[4]), torch.nn.Identity()
     with pytest.raises(NotImplementedError, match="Identity passes position_bias to attention"):
         attention_forward(layer, q, q, q, mask, position_bias=q)
-    with pytest.raises(RuntimeError, match="Identity got no mask"):
+    with pytest.raises(RuntimeError, match="Identity got no packattn mask"):
         attention_forward(layer, q, q, q, None)
 
 
@@ -343,3 +348,132 @@ def test_verify_refuses_bad_arguments():
         packattn.verify(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="two or more"):
         packattn.verify(make("llama"), lengths=[5])
+
+
+# The guard: a packed batch goes through a patched model, and something has changed since.
+
+
+def test_law_3_another_attention_set_after_the_patch_raises():
+    model, batch = make("llama"), packed_row("llama")
+    with packattn.patch(model):
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(RuntimeError, match=r"attends by 'sdpa', set after packattn\.patch"):
+            model(**batch)
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_law_3_a_layer_that_bypasses_the_interface_is_named(checkpointing):
+    model, batch = make("llama"), packed_row("llama")
+
+    class Bypass(type(model.model.layers[1].self_attn)):
+        def forward(self, hidden_states, **others):
+            return hidden_states, None
+
+    with packattn.patch(model):
+        model.train()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            model.enable_input_require_grads()
+        model(**batch).loss.backward()
+        model.model.layers[1].self_attn.__class__ = Bypass
+        with pytest.raises(RuntimeError, match=r"did not run in layers\.1\.self_attn"):
+            model(**batch)
+
+
+def test_law_3_a_mask_of_another_forward_raises():
+    model, batch = make("llama"), packed_row("llama")
+    with packattn.patch(model):
+        foreign = PackedMask.causal(lengths=[batch["input_ids"].shape[1]])
+        layer = model.model.layers[1]
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"attention_mask": foreign}), with_kwargs=True
+        )
+        with pytest.raises(RuntimeError, match="mask of another forward"):
+            model(**batch)
+
+
+@pytest.mark.parametrize("cache", ["static", "holds tokens"])
+def test_law_3_packing_over_a_cache_raises(cache):
+    model, batch = make("llama"), packed_row("llama")
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    with packattn.patch(model), torch.no_grad():
+        if cache == "static":
+            given = StaticCache(config=model.config, max_cache_len=64)
+        else:
+            given = DynamicCache(config=model.config)
+            model(input_ids=IDS[:1], past_key_values=given)
+        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
+            model(**inputs, past_key_values=given)
+        # An empty cache that grows holds nothing yet: the row is packed.
+        with_cache = model(**inputs, past_key_values=DynamicCache(config=model.config)).logits
+        assert_close(with_cache, model(**inputs).logits)
+
+
+def test_law_3_positions_below_the_first_of_the_model_raise():
+    model, batch = make("roberta"), packed_row("llama")
+    with packattn.patch(model), pytest.raises(RuntimeError, match=r"PackingCollator\(start_position=2\)"):
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+
+
+def test_law_3_recomputing_a_mixer_without_its_boundaries_raises():
+    model, batch = make("bamba"), packed_row("bamba")
+    layer = model.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: torch.utils.checkpoint.checkpoint(
+        forward, *args, use_reentrant=False, **kwargs
+    )
+    with packattn.patch(model):
+        loss = model(**batch).loss
+        with pytest.raises(RuntimeError, match="recomputed in the backward pass without the boundaries"):
+            loss.backward()
+
+
+def test_two_forwards_before_their_backwards_keep_their_boundaries_in_checkpoints():
+    model = make("bamba").train()
+    batches = [packed_row("bamba"), packed_row("bamba", [20, 11, 9], seed=1)]
+    with packattn.patch(model):
+        expected = [torch.autograd.grad(model(**b).loss, model.get_input_embeddings().weight)[0] for b in batches]
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses = [model(**b).loss for b in batches]
+        for loss in losses:
+            loss.backward()
+    assert_close(model.get_input_embeddings().weight.grad, sum(expected))
+
+
+@pytest.mark.parametrize("name", ["bamba", "mamba"])
+def test_hybrids_generate_as_before(name):
+    model = make(name)
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **options)
+    with packattn.patch(model):
+        assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_law_3_image_blocks_are_spans_in_both_forms():
+    ids = torch.tensor([[-1, 0, 0, 0, -1, -1, 1, 1, -1, -1]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
+    build = masks.masking_utils
+    causal, block = build.causal_mask_function, build.blockwise_overlay(ids)
+    sequence = torch.tensor([0] * 6 + [1] * 4)
+    i, j = torch.arange(10)[:, None], torch.arange(10)
+    same, blocks = sequence[:, None] == sequence, (ids[0][:, None] == ids[0]) & (ids[0][:, None] >= 0)
+    window = j > i - 2
+    cases = {
+        "blocks": (build.or_masks(causal, block), (j <= i) | blocks),
+        "cut by the window": (
+            build.and_masks(build.or_masks(causal, block), build.sliding_window_overlay(2)),
+            ((j <= i) | blocks) & window,
+        ),
+        "whole": (
+            build.or_masks(build.and_masks(build.sliding_window_overlay(2), causal), block),
+            ((j <= i) & window) | blocks,
+        ),
+    }
+    for name, (function, expected) in cases.items():
+        carried = masks.carry(positions, None, 1)
+        found = masks.packed_mask(q_length=10, mask_function=function, attention_mask=carried).to_dense()
+        assert torch.equal(found, expected & same), name

@@ -29,11 +29,12 @@ ALLOWED = {
     "kernels": {"dropout"},
     "attention": {"ops", "mask", "schemas", "kernels"},
     "varlen": {"attention", "mask"},
+    "losses": {"boundaries"},
     "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas"},
     "data": {"ops"},
     "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
     "info": {"attention", "ops", "schemas", "selftest"},
-    "__init__": {"attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
+    "__init__": {"losses", "attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
     "__main__": {"info", "selftest", "attention", "ops", "data", "hf"},
 }
 

@@ -7,18 +7,10 @@ from transformers import (
     BambaForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    EsmConfig,
-    EsmForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    Gemma3Config,
     Gemma3ForCausalLM,
-    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     Llama4ForCausalLM,
@@ -29,14 +21,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    MllamaForCausalLM,
-    MllamaTextConfig,
-    MobileBertConfig,
-    MobileBertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
-    OPTConfig,
-    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen3Config,
@@ -63,7 +49,6 @@ SMALL = {
     "eos_token_id": 2,
 }
 _GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 16}
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 MODELS = {
@@ -101,69 +86,6 @@ REFUSED = {
         ),
         "attends across two sequences",
     ),
-    "mamba": (
-        lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2)),
-        "layers that mix along the row without attention: Conv1d",
-    ),
-    "bamba": (
-        lambda: BambaForCausalLM(BambaConfig(**_GROUPED, mamba_n_heads=8, mamba_d_head=16)),
-        "layer types other than full, sliding and chunked attention",
-    ),
-    "gptj": (lambda: GPTJForCausalLM(GPTJConfig(**_GPT2, rotary_dim=8)), "computes attention itself"),
-    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)), "reshapes the attention_mask"),
-    "opt": (
-        lambda: OPTForCausalLM(
-            OPTConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=64,
-                ffn_dim=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                word_embed_proj_dim=64,
-            )
-        ),
-        "positions depend on the attention_mask of the row in OPTLearnedPositionalEmbedding",
-    ),
-    "esm": (
-        lambda: EsmForMaskedLM(EsmConfig(**SMALL, mask_token_id=3)),
-        "embeddings or positions depend on the attention_mask of the row in EsmEmbeddings",
-    ),
-    "gemma3 with images": (
-        lambda: Gemma3ForConditionalGeneration(
-            Gemma3Config(
-                text_config=_GROUPED | {"sliding_window": 5},
-                vision_config={
-                    "hidden_size": 32,
-                    "intermediate_size": 32,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 2,
-                },
-            )
-        ),
-        "Gemma3Model builds the masks of the model inside it",
-    ),
-    "mobilebert": (
-        lambda: MobileBertForMaskedLM(
-            MobileBertConfig(
-                vocab_size=VOCABULARY,
-                num_hidden_layers=2,
-                hidden_size=64,
-                embedding_size=64,
-                intermediate_size=96,
-            )
-        ),
-        "trigram_input: the embedding of a token holds those of its neighbours",
-    ),
-    "mllama": (
-        lambda: MllamaForCausalLM(MllamaTextConfig(**SMALL, num_key_value_heads=2, cross_attention_layers=[1])),
-        "has cross-attention layers",
-    ),
-    "llama4 with temperature tuning": (
-        lambda: Llama4ForCausalLM(
-            Llama4TextConfig(**_GROUPED, intermediate_size_mlp=96, attention_chunk_size=6, num_local_experts=2)
-        ),
-        "attn_temperature_tuning scales queries",
-    ),
     "dynamic rope": (
         lambda: LlamaForCausalLM(
             LlamaConfig(**_GROUPED, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
@@ -172,11 +94,18 @@ REFUSED = {
     ),
 }
 
+_STATE = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
+# Layers that mix along the row beside attention, or in its place: they run on one row per sequence.
+HYBRIDS = {
+    "bamba": lambda: BambaForCausalLM(BambaConfig(**_GROUPED, **_STATE, attn_layer_indices=[1])),
+    "mamba": lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2)),
+}
+
 
 def make(name):
     """The model, with the same weights every time, in eval mode, in transformers' eager attention."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = (MODELS | HYBRIDS)[name]().eval()
     model.set_attn_implementation("eager")
     return model
 

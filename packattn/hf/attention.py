@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from packattn.attention import packed_attention
+from packattn.hf.running import RUNNING
 from packattn.mask import PackedMask
 
 # What models pass to every attention function and what does not change the result here: the mask already holds
@@ -17,7 +18,7 @@ HARMLESS = frozenset(
         "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "logits_to_keep",
         "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states",
         "output_router_logits", "past_key_values", "position_embeddings", "position_ids", "return_dict",
-        "sliding_window", "token_type_ids", "use_cache",
+        "seq_idx", "sliding_window", "token_type_ids", "use_cache",
     }
 )  # fmt: skip
 
@@ -54,19 +55,47 @@ def attention_forward(
             f"{type(module).__name__} passes {', '.join(unknown)} to attention, which packattn does not honour. "
             "Train this model unpacked, without packattn.patch."
         )
+    running = None if torch.compiler.is_compiling() else RUNNING.get()
+    packed = running is not None and running.packed
     if isinstance(attention_mask, PackedMask):
+        if running is not None and packed:
+            if not any(attention_mask.k_start is mask for mask in running.masks):
+                raise RuntimeError(f"{type(module).__name__} got a packattn mask of another forward than this one.")
+            running.ran.add(id(module))
+        query = _tempered(module, query, attention_mask)
         rows, heads, n, _ = query.shape
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         out = packed_attention(
             q, k, v, attention_mask, softmax_scale=scaling, softcap=softcap or 0.0, sinks=s_aux, dropout_p=dropout
         )
         return out.view(rows, n, heads, -1), None
-    if attention_mask is None:
+    if attention_mask is None or packed:
         raise RuntimeError(
-            f"{type(module).__name__} got no mask, so packed sequences would not be isolated: the model does not build "
-            "its mask by transformers' mask builders. Remove the patch, and train this model unpacked."
+            f"{type(module).__name__} got no packattn mask, so packed sequences would not be isolated: the model does "
+            "not build its mask by transformers' mask builders. Remove the patch, and train this model unpacked."
+        )
+    if running is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+        raise RuntimeError(
+            f"{type(module).__name__} attends by attn_implementation='packattn', but its model is not patched, so that "
+            "nothing tells packed sequences apart. Call packattn.patch(model) after loading it."
         )
     return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
+
+
+def _tempered(module: nn.Module, query: Tensor, mask: PackedMask) -> Tensor:
+    """Llama 4 scales queries by their index in the row; in a packed row it has to be the index in the sequence."""
+    if not getattr(module, "attn_temperature_tuning", None) or getattr(module, "use_rope", True):
+        return query
+    index = torch.arange(mask.tokens, device=query.device)
+
+    floor, slope = float(module.floor_scale), float(module.attn_scale)  # type: ignore[arg-type]
+
+    def scale(index: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((index.float() + 1.0) / floor)) * slope + 1.0
+
+    rows, _, n, _ = query.shape
+    ratio = scale(index - mask.k_start) / scale(index % n)
+    return (query * ratio.view(rows, 1, n, 1)).to(query.dtype)
 
 
 def _dense(

@@ -7,14 +7,15 @@ number of keys that they expect; here it is turned into spans.
 
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from packattn.boundaries import boundaries
+from packattn.boundaries import Boundaries, boundaries
 from packattn.errors import UnsupportedMaskError
+from packattn.hf.running import RUNNING
 from packattn.mask import PackedMask
 
 
@@ -23,6 +24,23 @@ def carry(position_ids: Tensor, attention_mask: Tensor | None, rows: int) -> Ten
     positions = position_ids.expand(rows, -1).int()
     real = torch.ones_like(positions) if attention_mask is None else (attention_mask != 0).int()
     return torch.stack([positions, real], 1)
+
+
+class Carried(NamedTuple):
+    """What `carry` made, for models that flatten an attention_mask of fewer than four dimensions."""
+
+    tensor: Tensor
+
+    @property
+    def ndim(self) -> int:
+        """4, as of a mask that is not touched."""
+        return 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(rows, 1, n, n), as of a dense mask."""
+        rows, _, n = self.tensor.shape
+        return (rows, 1, n, n)
 
 
 def is_carried(attention_mask: object) -> bool:
@@ -41,6 +59,8 @@ def packed_mask(
     Raises:
         UnsupportedMaskError: a mask function that is not one of those that packattn knows to be spans.
     """
+    if isinstance(attention_mask, Carried):
+        attention_mask = attention_mask.tensor
     if not is_carried(attention_mask):
         others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         dense: Tensor = masking_utils.sdpa_mask(
@@ -48,29 +68,54 @@ def packed_mask(
         )
         return dense
     assert attention_mask is not None
-    position_ids, real = attention_mask.unbind(1)
+    mask = _spans(mask_function, attention_mask)
+    running = None if torch.compiler.is_compiling() else RUNNING.get()
+    if running is not None:
+        running.masks.append(mask.k_start)
+    return mask
+
+
+def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
+    position_ids, real = carried.unbind(1)
     found = boundaries(position_ids, real)
     parts = _parts(mask_function)
     names = {name for name, _ in parts}
-    sizes = [size for _, size in parts if size is not None]
-    if names == {"causal"}:
-        return PackedMask.causal(found)
-    if names == {"causal", "sliding_window_overlay"}:
-        return PackedMask.causal(found, window=min(sizes))
-    if names == {"causal", "chunked_overlay"} and len(sizes) == 1:
-        return PackedMask.chunked(found, sizes[0], position_ids)
-    if names == {"bidirectional"}:
-        return PackedMask.bidirectional(found)
-    if names == {"bidirectional", "sliding_window_bidirectional_overlay"}:
-        return PackedMask.bidirectional(found, window=min(sizes))
+    windows = [value for name, value in parts if name.startswith("sliding_window")]
+    window = min(windows) if windows else None
+    blocks = next((value.flatten() for name, value in parts if name.endswith("blocks")), None)
+    plain = names - {"blocks", "outer_blocks"}
+    if plain == {"causal"} or (plain == {"causal", "sliding_window"} and "outer_blocks" not in names):
+        return PackedMask.causal(found, window=window, blocks=blocks)
+    if plain == {"causal", "sliding_window"} and blocks is not None:
+        return _with_whole_blocks(PackedMask.causal(found, window=window, blocks=blocks), found, blocks)
+    if names == {"causal", "chunk"}:
+        (chunk,) = [value for name, value in parts if name == "chunk"]
+        return PackedMask.chunked(found, chunk, position_ids)
+    if plain == {"bidirectional"} or names == {"bidirectional", "sliding_window_bidirectional"}:
+        return PackedMask.bidirectional(found, window=window)
     raise UnsupportedMaskError(
         f"packattn does not know this model's mask to be one span of keys per token: {' and '.join(sorted(names))}. "
         "Train this model unpacked, one example a row, without packattn.patch."
     )
 
 
-def _parts(mask_function: Callable[..., Tensor]) -> list[tuple[str, int | None]]:
-    """The conjunction that transformers built, as (name, window or chunk size) pairs."""
+def _with_whole_blocks(mask: PackedMask, found: Boundaries, blocks: Tensor) -> PackedMask:
+    """Blocks that see all of themselves, also what lies before the window."""
+    index = torch.arange(mask.tokens, device=blocks.device, dtype=torch.int32)
+    changes = found.seq_start == index
+    changes[1:] |= blocks[1:] != blocks[:-1]
+    starts = torch.where(changes, index, 0).cummax(0).values
+    return PackedMask.from_spans(
+        torch.where(blocks >= 0, torch.minimum(mask.k_start, starts), mask.k_start), mask.k_end, mask.tokens_k
+    )
+
+
+def _parts(mask_function: Callable[..., Tensor]) -> list[tuple[str, Any]]:
+    """The conjunction that transformers built, as (name, window or chunk size or blocks) pairs.
+
+    A union with the blocks of images is one part: "blocks" where the rest of the conjunction still cuts them,
+    "outer_blocks" where they are whole.
+    """
     if mask_function is masking_utils.causal_mask_function:
         return [("causal", None)]
     if mask_function is masking_utils.bidirectional_mask_function:
@@ -78,12 +123,21 @@ def _parts(mask_function: Callable[..., Tensor]) -> list[tuple[str, int | None]]
     code = mask_function.__code__
     if code is _AND:
         return [part for member in _cell(mask_function, "mask_functions") for part in _parts(member)]
+    if code is _OR:
+        members = [_parts(member) for member in _cell(mask_function, "mask_functions")]
+        if len(members) == 2 and [name for name, _ in members[1]] == ["block"]:
+            inner = {name for name, _ in members[0]}
+            if inner in ({"causal"}, {"bidirectional"}, {"causal", "sliding_window"}):
+                name = "outer_blocks" if "sliding_window" in inner else "blocks"
+                return [*members[0], (name, members[1][0][1])]
     if code is _WINDOW:
-        return [("sliding_window_overlay", _cell(mask_function, "sliding_window"))]
+        return [("sliding_window", _cell(mask_function, "sliding_window"))]
     if code is _BIDIRECTIONAL_WINDOW:
-        return [("sliding_window_bidirectional_overlay", _cell(mask_function, "sliding_window"))]
+        return [("sliding_window_bidirectional", _cell(mask_function, "sliding_window"))]
     if code is _CHUNK:
-        return [("chunked_overlay", _cell(mask_function, "chunk_size"))]
+        return [("chunk", _cell(mask_function, "chunk_size"))]
+    if code is _BLOCKS:
+        return [("block", _cell(mask_function, "block_sequence_ids"))]
     return [(f"{mask_function.__module__}.{mask_function.__qualname__}", None)]
 
 
@@ -101,6 +155,8 @@ def _closure_code(maker: Callable[..., Any]) -> CodeType:
 
 # transformers composes its masks from closures of these functions.
 _AND = _closure_code(masking_utils.and_masks)
+_OR = _closure_code(masking_utils.or_masks)
 _WINDOW = _closure_code(masking_utils.sliding_window_overlay)
 _BIDIRECTIONAL_WINDOW = _closure_code(masking_utils.sliding_window_bidirectional_overlay)
 _CHUNK = _closure_code(masking_utils.chunked_overlay)
+_BLOCKS = _closure_code(masking_utils.blockwise_overlay)

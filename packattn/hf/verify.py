@@ -1,6 +1,6 @@
 """verify: measure on the user's own model whether packed sequences see each other, and whether packed equals alone."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from packattn.hf.patch import NAME, configs_of
+from packattn.boundaries import boundaries
+from packattn.hf.patch import configs_of, is_patched
+from packattn.hf.plan import make_plan
+from packattn.hf.probe import first_position
+from packattn.hf.running import RUNNING, SUSPENDED
 
 _LENGTHS = (7, 19, 1, 5, 13)
 # How models are called in the wild; transformers by itself isolates packed rows in the second way only.
@@ -34,6 +38,7 @@ class VerifyReport:
             relative to the largest output.
         routed: the model routes tokens to experts. The sizes of the experts' matrix products then depend on all tokens
             of the batch, which can move a result by a rounding; only then may a leak be that small instead of zero.
+        first_leak: the first layer whose input is the same and whose output is not; None if nothing leaks.
         gradient_leak: the largest gradient of one sequence's outputs at another's embeddings.
         parity: largest differences of packed from alone (each sequence by itself, in transformers' eager attention):
             outputs relative to the largest output, gradients of all parameters relative to their norm.
@@ -43,6 +48,7 @@ class VerifyReport:
     model: str
     patched: bool
     lengths: tuple[int, ...]
+    first_leak: str | None = None
     routed: bool = False
     leak: dict[str, float] = field(default_factory=dict)
     gradient_leak: float = 0.0
@@ -76,13 +82,20 @@ class VerifyReport:
                 f"  {name:<36} {value:>9.2e}   allowed {allowed:>8.1e}   {'ok' if value <= allowed else wrong}"
             )
         lines.append(f"  {'isolated and exact' if self.ok else 'NOT ISOLATED' if not self.isolated else 'NOT EXACT'}")
+        if self.first_leak is not None:
+            lines.append(f"  the first layer that leaks: {self.first_leak}")
         return "\n".join(lines)
 
 
 def verify(
-    model: nn.Module, *, lengths: Sequence[int] = _LENGTHS, start_position: int = 0, seed: int = 0
+    model: nn.Module,
+    batch: Mapping[str, Tensor] | None = None,
+    *,
+    lengths: Sequence[int] = _LENGTHS,
+    start_position: int | None = None,
+    seed: int = 0,
 ) -> VerifyReport:
-    """Probe a model, patched or not, with one packed row of random tokens.
+    """Probe a model, patched or not, with one packed row: of your own batch, or of random tokens.
 
     Each sequence in turn gets other tokens: the outputs of all others must stay bitwise the same, in every call style;
     the gradient of each sequence's outputs at the embeddings of the others must be exactly zero; and outputs and
@@ -90,8 +103,10 @@ def verify(
     in eval mode; its mode, gradients and the random state are as before afterwards.
 
     Args:
-        model: a transformers model that takes input_ids (or inputs_embeds) and position_ids.
-        lengths: of the sequences, at least two of them. start_position: first position (2 for the RoBERTa family).
+        model: a transformers model that takes inputs_embeds and position_ids, in any attention implementation.
+        batch: input_ids and position_ids, (1, n), as PackingCollator makes them; None: random tokens in `lengths`.
+        lengths: of the sequences, at least two of them. start_position: first position; None: the model's own, which
+            is 0, or 2 in the RoBERTa family.
 
     Raises:
         TypeError: no transformers model. ValueError: fewer than two sequences, or an empty one.
@@ -99,20 +114,25 @@ def verify(
     pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not pretrained:
         raise TypeError(f"model must be or hold a transformers PreTrainedModel, got {type(model).__name__}.")
-    if len(lengths) < 2 or min(lengths) < 1:
-        raise ValueError(f"lengths must be two or more numbers of at least 1, got {tuple(lengths)}.")
     embed = pretrained[0].get_input_embeddings()
-    device = embed.weight.device
+    device, vocabulary = embed.weight.device, embed.weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = embed.weight.shape[0]
-    ids = torch.randint(vocabulary, (1, sum(lengths)), generator=generator).to(device)
+    if batch is not None:
+        ids, position_ids, lengths = _own(batch)
+    else:
+        if len(lengths) < 2 or min(lengths) < 1:
+            raise ValueError(f"lengths must be two or more numbers of at least 1, got {tuple(lengths)}.")
+        if start_position is None:
+            start_position = first_position(make_plan(model).builders[-1][1])
+        ids = torch.randint(vocabulary, (1, sum(lengths)), generator=generator)
+        position_ids = torch.cat([torch.arange(n) + start_position for n in lengths])[None]
+    ids, position_ids = ids.to(device), position_ids.to(device)
     other_ids = (ids + 1 + torch.randint(vocabulary - 1, ids.shape, generator=generator).to(device)) % vocabulary
-    position_ids = torch.cat([torch.arange(n) + start_position for n in lengths])[None].to(device)
     ends = torch.tensor(lengths).cumsum(0).tolist()
     spans = [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
     report = VerifyReport(
         type(pretrained[0]).__name__,
-        pretrained[0].config._attn_implementation == NAME,
+        is_patched(model),
         tuple(lengths),
         routed=any(getattr(config, name, None) for config in configs_of(pretrained) for name in _EXPERTS),
     )
@@ -121,6 +141,9 @@ def verify(
     with _undisturbed(model):
         for style, extra in _STYLES.items():
             report.leak[style] = _leak(model, x, other_x, position_ids, spans, extra(ids))
+        for style, extra in _STYLES.items():
+            if report.leak[style] > 0 and report.first_leak is None:
+                report.first_leak = _first_leak(model, x, other_x, position_ids, spans, extra(ids))
         report.gradient_leak = _gradient_leak(model, x, position_ids, spans)
         packed = _outputs_and_gradients(model, [x], [position_ids])
         rows = [x[:, span] for span in spans], [position_ids[:, span] for span in spans]
@@ -155,6 +178,58 @@ def _leak(
         moved[span] = 0
         worst = max(worst, moved.max().item())
     return worst / before.abs().max().item()
+
+
+def _own(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    """Token ids, positions and lengths of the packed row of a batch."""
+    ids, position_ids = batch.get("input_ids"), batch.get("position_ids")
+    if ids is None or position_ids is None or ids.shape != position_ids.shape or ids.ndim != 2 or ids.shape[0] != 1:
+        raise ValueError("batch must hold input_ids and position_ids of one packed row, both of shape (1, n).")
+    lengths = boundaries(position_ids).exact_cu_seqlens().diff().tolist()
+    if len(lengths) < 2:
+        raise ValueError("batch must hold a packed row of at least two sequences, got one.")
+    return ids, position_ids, lengths
+
+
+@torch.no_grad()
+def _first_leak(
+    model: nn.Module, x: Tensor, other_x: Tensor, position_ids: Tensor, spans: list[slice], extra: dict[str, Any]
+) -> str | None:
+    """The first module, in the order in which they end, that adds a difference outside of the changed sequence."""
+    seen: list[tuple[list[Tensor], list[Tensor]]] = []
+    found: list[str] = []
+    names = {module: name for name, module in model.named_modules()}
+    n, span = x.shape[1], max(spans, key=lambda span: span.stop - span.start)
+
+    def per_token(values: Any) -> list[Tensor]:
+        values = values if isinstance(values, (tuple, list)) else [values]
+        return [v.clone() for v in values if isinstance(v, Tensor) and v.ndim >= 3 and v.shape[1] == n]
+
+    def differ(ones: list[Tensor], others: list[Tensor]) -> bool:
+        moved = [(a != b).flatten(2).any(2).any(0) for a, b in zip(ones, others, strict=False)]
+        return any(bool(m[: span.start].any() or m[span.stop :].any()) for m in moved)
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        now = per_token([*args, *kwargs.values()]), per_token(output)
+        if not changing:
+            seen.append(now)
+        elif index[0] < len(seen):
+            before = seen[index[0]]
+            index[0] += 1
+            if not found and now[0] and differ(before[1], now[1]) and not differ(before[0], now[0]):
+                found.append(f"{names[module]} ({type(module).__name__})")
+
+    changing, index = False, [0]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
+    try:
+        _output(model, x, position_ids, extra)
+        changing, changed = True, x.clone()
+        changed[:, span] = other_x[:, span]
+        _output(model, changed, position_ids, extra)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
 
 
 def _gradient_leak(model: nn.Module, x: Tensor, position_ids: Tensor, spans: list[slice]) -> float:
@@ -207,11 +282,13 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _eager(pretrained: list[PreTrainedModel]) -> Iterator[None]:
     """transformers' own eager attention; packattn's hooks stand aside while it is set."""
+    token = RUNNING.set(SUSPENDED)
     before = [(config, config._attn_implementation) for config in configs_of(pretrained)]
     try:
         for config, _ in before:
             config._attn_implementation_internal = "eager"
         yield
     finally:
+        RUNNING.reset(token)
         for config, implementation in before:
             config._attn_implementation_internal = implementation

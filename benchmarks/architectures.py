@@ -1,0 +1,398 @@
+"""Every architecture that transformers registers, packed against alone, in every call style: exact or refused.
+
+    python -m benchmarks.architectures [--family causal] [--only llama ...] [--style default ...] [--table]
+
+For each architecture a tiny random model (`packattn.hf.tiny`) is run on its sequences one by one, unpatched, and then
+patched on packed rows: logits and gradients of all parameters must agree. The log (out/architectures.jsonl) resumes;
+--table writes docs/architectures.md from it.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import packattn
+from packattn.hf.probe import first_position
+from packattn.hf.tiny import FAMILIES, shrink
+
+ROWS = ([7, 19, 1, 13], [20, 11, 9])
+PADDING = ROWS[1][-1]
+STYLES = (
+    "default",
+    "no cache",
+    "all-ones mask",
+    "several rows",
+    "padded tail",
+    "reentrant checkpointing",
+    "checkpointing",
+    "train mode",
+)
+TOLERANCE = 5e-5
+SECONDS = 240
+
+
+def build(family: str, name: str) -> nn.Module:
+    """The tiny model, always with the same weights; no dropout."""
+    torch.manual_seed(0)
+    model = getattr(transformers, FAMILIES[family][0]).from_config(shrink(CONFIG_MAPPING[name]))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.numel() and not bool(torch.isfinite(parameter).all()):
+                parameter.normal_(0, 0.1)
+            elif (
+                parameter.is_floating_point()
+                and parameter.numel()
+                and bool((parameter == parameter.flatten()[0]).all())
+            ):
+                parameter.add_(torch.randn_like(parameter) * 0.1)  # a leak must not hide behind zeros
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():  # as in trained weights; a row of zeros gives NaN where a model divides by its norm
+                module.weight[module.padding_idx].normal_(0, 0.1)
+        for field in (
+            "p",
+            "dropout",
+            "attention_dropout",
+            "dropout_p",
+            "activation_dropout",
+            "layerdrop",
+            "dropout_prob",
+        ):
+            if isinstance(vars(module).get(field), float):
+                setattr(module, field, 0.0)
+    return model.float().eval()
+
+
+class Case:
+    """One architecture: its model, the rows, and what every sequence gives alone."""
+
+    def __init__(self, family: str, name: str) -> None:
+        self.family, self.model, self.patch = family, build(family, name), None
+        self.start = first_position(self.model)
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(5, 90, (2, sum(ROWS[0])), generator=generator)
+        self.positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ROWS]) + self.start
+        self.cotangent: Tensor | None = None
+        self.alone: list[list[tuple[Tensor, dict[str, Tensor]]]] = []
+        for row, lengths in enumerate(ROWS):
+            self.alone.append([])
+            at = 0
+            for n in lengths:
+                self.alone[row].append(self._run_alone(row, slice(at, at + n)))
+                at += n
+
+    def output(self, **inputs) -> Tensor:
+        result = self.model(**inputs)
+        for field in ("logits", "last_hidden_state"):
+            if field in result and isinstance(result[field], Tensor):
+                return result[field]
+        raise TypeError(f"no logits in {type(result).__name__}")
+
+    def _run_alone(self, row: int, span: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = {"input_ids": self.ids[row : row + 1, span]}
+        if self.model.config.model_type in ("rwkv", "xlstm"):  # their cached forward has no gradient
+            inputs["use_cache"] = False
+        output = self.output(**inputs)
+        if self.cotangent is None:
+            generator = torch.Generator().manual_seed(1)
+            self.cotangent = torch.randn(2, self.ids.shape[1], output.shape[-1], generator=generator)
+        per_token = self.family != "sequence"
+        cotangent = self.cotangent[row : row + 1, span] if per_token else self.cotangent[row, span.start][None]
+        return output.detach(), self.gradients((output.float() * cotangent).sum())
+
+    def gradients(self, scalar: Tensor) -> dict[str, Tensor]:
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        found = torch.autograd.grad(scalar, [p for _, p in named], allow_unused=True)
+        return {name: g for (name, _), g in zip(named, found, strict=True) if g is not None}
+
+    def check(self, style: str) -> tuple[str, str]:
+        """(exact | refused | silent | error, why)."""
+        rows = 2 if style in ("several rows", "padded tail") else 1
+        inputs = {"input_ids": self.ids[:rows].clone(), "position_ids": self.positions[:rows].clone()}
+        lengths = [list(row) for row in ROWS[:rows]]
+        if style == "padded tail":
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            for field, value in (("input_ids", 0), ("position_ids", self.start), ("attention_mask", 0)):
+                inputs[field][1, -PADDING:] = value
+            lengths[1] = lengths[1][:-1]
+        if style == "all-ones mask":
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if style == "no cache":
+            inputs["use_cache"] = False
+        training = style in ("train mode", "checkpointing", "reentrant checkpointing")
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.model.eval)
+            if training:
+                self.model.train()
+            if "checkpointing" in style:
+                if not self.model.supports_gradient_checkpointing:
+                    return "refused", "the architecture has no gradient checkpointing"
+                reentrant = style.startswith("reentrant")
+                self.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                stack.callback(self.model.gradient_checkpointing_disable)
+                if reentrant:
+                    self.model.enable_input_require_grads()
+                    stack.callback(self.model.disable_input_require_grads)
+            try:
+                output = self.output(**inputs)
+                if self.family == "sequence":
+                    return self._compare_sequences(output, lengths, style)
+                return self._compare(output, lengths, style)
+            except NotImplementedError as error:
+                return "refused", str(error)
+            except (ValueError, RuntimeError, TypeError) as error:
+                known = "packattn" in str(error)
+                return ("refused" if known else "error"), f"{type(error).__name__}: {error}"
+
+    def _compare(self, output: Tensor, lengths: list[list[int]], style: str) -> tuple[str, str]:
+        worst, scalar, expected = 0.0, 0.0, Counter()
+        for row, row_lengths in enumerate(lengths):
+            at = 0
+            for n, (alone, gradients) in zip(row_lengths, self.alone[row], strict=False):
+                piece = output[row : row + 1, at : at + n]
+                worst = max(worst, _difference(piece, alone))
+                scalar = scalar + (piece.float() * self.cotangent[row : row + 1, at : at + n]).sum()
+                _add(expected, gradients)
+                at += n
+        if not worst <= TOLERANCE:
+            return "silent", f"outputs differ by {worst:.1e}"
+        return self._judge(worst, scalar, expected, style)
+
+    def _compare_sequences(self, output: Tensor, lengths: list[list[int]], style: str) -> tuple[str, str]:
+        alone = [entry for row, row_lengths in enumerate(lengths) for entry in self.alone[row][: len(row_lengths)]]
+        if output.shape[0] != len(alone):
+            return "silent", f"{output.shape[0]} rows of logits for {len(alone)} sequences"
+        worst = max(_difference(one, other[0]) for one, other in zip(output.split(1), alone, strict=True))
+        starts = [
+            (row, sum(row_lengths[:i])) for row, row_lengths in enumerate(lengths) for i in range(len(row_lengths))
+        ]
+        scalar = sum((piece * self.cotangent[row, at]).sum() for piece, (row, at) in zip(output, starts, strict=True))
+        if not worst <= TOLERANCE:
+            return "silent", f"outputs differ by {worst:.1e}"
+        expected = Counter()
+        for _, gradients in alone:
+            _add(expected, gradients)
+        return self._judge(worst, scalar, expected, style)
+
+    def _backward(self, scalar: Tensor) -> dict[str, Tensor]:
+        scalar.backward()
+        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+    def _judge(self, worst: float, scalar: Tensor, expected: dict[str, Tensor], style: str) -> tuple[str, str]:
+        reentrant = style.startswith("reentrant")
+        relative = _relative(self._backward(scalar) if reentrant else self.gradients(scalar), expected)
+        if relative <= 4 * TOLERANCE:
+            return "exact", f"{worst:.0e}, gradients {relative:.0e}"
+        if "checkpointing" in style:
+            self.patch.remove()
+            output, (_, gradients) = self.output(input_ids=self.ids[:1, : ROWS[0][0]]), self.alone[0][0]
+            cotangent = self.cotangent[:1, : ROWS[0][0]] if self.family != "sequence" else self.cotangent[0, 0][None]
+            plain = (output * cotangent).sum()
+            plain = _relative(self._backward(plain) if reentrant else self.gradients(plain), gradients)
+            self.patch = packattn.patch(self.model)
+            if plain > 4 * TOLERANCE:
+                return "exact", f"{worst:.0e}; plain transformers' gradients differ from its own by {plain:.0e} so"
+        return "silent", f"gradients differ by {relative:.1e}, outputs by {worst:.1e}"
+
+
+def _relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    norm = sum(g.double().square().sum() for g in expected.values()) ** 0.5
+    total = 0.0
+    for name in {*found, *expected}:
+        one, other = found.get(name), expected.get(name)
+        zero = torch.zeros_like(one if one is not None else other)
+        total += ((one if one is not None else zero) - (other if other is not None else zero)).double().square().sum()
+    return float(total**0.5 / norm)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    scale = other.abs().max().item()
+    return ((one - other).abs().max().item()) / max(scale, 1e-3)
+
+
+def _add(total: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    for name, gradient in gradients.items():
+        total[name] = total[name] + gradient if name in total else gradient
+
+
+def examine(family: str, name: str, styles: tuple[str, ...] = STYLES) -> dict:
+    """Outcome of one architecture in every style, as one entry of the log."""
+    entry = {"family": family, "name": name, "how": "", "styles": {}}
+    began = time.perf_counter()
+    try:
+        case = Case(family, name)
+    except Exception as error:  # the outcome is "not run", with the reason
+        return entry | {"not run": f"{type(error).__name__}: {error}".replace("\n", " ")[:300]}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patch = packattn.patch(case.model)
+    except NotImplementedError as error:
+        why = " ".join(str(error).split("\n")[1:-1]) or str(error)
+        return entry | {"styles": {style: ["refused", why] for style in styles}}
+    entry["how"], case.patch = patch.how, patch
+    for style in styles:
+        entry["styles"][style] = [part.replace("\n", " ") for part in case.check(style)]
+    return entry | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def worker(family: str, names: list[str], styles: tuple[str, ...]) -> None:
+    """Print one line of JSON for each architecture."""
+
+    def too_long(*_):
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, too_long)
+    for name in names:
+        signal.alarm(SECONDS)
+        try:
+            entry = examine(family, name, styles)
+        except Exception as error:
+            entry = {"family": family, "name": name, "not run": f"{type(error).__name__}: {error}"[:300]}
+        signal.alarm(0)
+        print(json.dumps(entry), flush=True)
+        gc.collect()
+
+
+def read(log: Path) -> dict[tuple[str, str], dict]:
+    """The last entry of each architecture in the log."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return {(entry["family"], entry["name"]): entry for entry in map(json.loads, lines)}
+
+
+def verdict(entry: dict) -> str:
+    """One word for all styles: silent, error, exact or refused; or not run."""
+    if "not run" in entry:
+        return "not run"
+    kinds = {kind for kind, _ in entry["styles"].values()}
+    return next(kind for kind in ("silent", "error", "exact", "refused") if kind in kinds)
+
+
+def main() -> int:
+    """Run what the log does not hold yet, in subprocesses, and sum up."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--family", choices=FAMILIES, action="append")
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--style", nargs="+", default=STYLES, choices=STYLES)
+    parser.add_argument("--log", type=Path, default=Path("out/architectures.jsonl"))
+    parser.add_argument("--table", action="store_true", help="write docs/architectures.md from the log, run nothing")
+    parser.add_argument("--again", action="store_true", help="also what the log holds")
+    parser.add_argument("--chunk", type=int, default=20)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    if options.worker:
+        worker(options.family[0], options.only, tuple(options.style))
+        return 0
+    options.log.parent.mkdir(exist_ok=True, parents=True)
+    entries = read(options.log)
+    if options.table:
+        Path("docs/architectures.md").write_text(table(entries))
+        return 0
+    for family in options.family or FAMILIES:
+        names = [n for n in FAMILIES[family][1] if (not options.only or n in options.only)]
+        names = [n for n in names if options.again or (family, n) not in entries]
+        while names:
+            chunk, names = names[: options.chunk], names[options.chunk :]
+            command = [sys.executable, "-m", "benchmarks.architectures", "--worker", "--family", family, "--style"]
+            command += [*options.style, "--only", *chunk]
+            with (
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process,
+                options.log.open("a") as log,
+            ):
+                for line in process.stdout:
+                    if line.startswith("{"):
+                        log.write(line)
+                        log.flush()
+                        entry = json.loads(line)
+                        entries[family, entry["name"]] = entry
+                        print(f"{family:<16} {entry['name']:<28} {verdict(entry):<8} {reason(entry)[:150]}", flush=True)
+                        chunk.remove(entry["name"])
+            if chunk:  # the process died: at the first of those that are left
+                died = {"family": family, "name": chunk[0], "not run": f"the process died ({process.returncode})"}
+                with options.log.open("a") as log:
+                    log.write(json.dumps(died) + "\n")
+                entries[family, chunk[0]] = died
+                print(f"{family:<16} {chunk[0]:<28} died", flush=True)
+                names = chunk[1:] + names
+    for family in FAMILIES:
+        counts = Counter(verdict(entry) for key, entry in entries.items() if key[0] == family)
+        print(f"{family:<16} {dict(counts)}")
+    return 0
+
+
+_HOW = {
+    "spans": "packed attention in every layer",
+    "by sequence": "packed attention, and single layers on one row per sequence: state-space and linear-attention "
+    "mixers, short convolutions, rotary embeddings that look at the longest position",
+    "rows": "all layers on one row per sequence, equal lengths together, in transformers' own attention; `patch` warns",
+}
+
+
+def table(entries: dict[tuple[str, str], dict]) -> str:
+    """docs/architectures.md."""
+    lines = [
+        "# Architectures",
+        "",
+        f"Every architecture that transformers {transformers.__version__} registers, as a tiny random float32 model:",
+        "logits",
+        "and gradients of packed rows under `packattn.patch` against the sequences run alone, in eight call styles",
+        f"({', '.join(STYLES)}).",
+        "Windows, chunks, top-k and original context lengths are shorter than the sequences. Written by",
+        "`python -m benchmarks.architectures --table`.",
+        "",
+        "* **exact**: equal to rounding in every style that the architecture has. How:",
+        *(f"  * *{how}*: {what}" for how, what in _HOW.items()),
+        "* **refused**: raises before the first number, for the reason given.",
+        "* **not run**: no verdict: the tiny model could not be built or run alone, for the reason given.",
+        "",
+        "| family | exact | of these by spans | by sequence | by rows | refused | not run | silent |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for family in FAMILIES:
+        mine = [entry for (f, _), entry in entries.items() if f == family]
+        counts = Counter(verdict(entry) for entry in mine)
+        hows = Counter(entry["how"] for entry in mine if verdict(entry) == "exact")
+        cells = [counts["exact"], *(hows[how] for how in _HOW), counts["refused"], counts["not run"]]
+        lines.append(f"| {family} | {' | '.join(map(str, cells))} | {counts['silent'] + counts['error']} |")
+    for family, (auto, _) in FAMILIES.items():
+        lines += ["", f"## {family} ({auto})", "", "| architecture | family | outcome | how, or why not |"]
+        lines.append("| --- | --- | --- | --- |")
+        for (_, name), entry in sorted((key, e) for key, e in entries.items() if key[0] == family):
+            kind = verdict(entry)
+            why = entry["how"] if kind == "exact" else reason(entry).partition("] ")[2] or reason(entry)
+            why = " ".join(why.replace("|", "/").split()).removeprefix("- ")
+            lines.append(f"| `{name}` | {family} | {kind} | {why if len(why) <= 160 else why[:157] + '...'} |")
+    return "\n".join(lines) + "\n"
+
+
+def reason(entry: dict) -> str:
+    """Why the verdict is what it is."""
+    if "not run" in entry:
+        return entry["not run"]
+    kind = verdict(entry)
+    return next(f"[{style}] {why}" for style, (k, why) in entry["styles"].items() if k == kind)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""The hooks and wrappers that `patch` puts on a model: module-level callables, so that a patched model can be pickled.
+
+A call of the model goes through `Enter` (what came, where the sequences lie), `Carry` on the module that builds masks,
+`Mark` on every attention layer, `Check` when the layers are done and `Leave`. Under torch.compile, where no host value
+is needed, only `Carry` is traced, and works from the arguments of its own module.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from packattn.hf.inputs import cache_of, check, first_or_later, holds_tokens, is_prepared, no_restarts
+from packattn.hf.layout import Group, Layout, by_group
+from packattn.hf.masks import Carried, carry
+from packattn.hf.plan import Plan, looks_back, one_logit_a_row
+from packattn.hf.running import RUNNING, SUSPENDED, Running
+from packattn.mask import PackedMask
+
+NAME = "packattn"
+_CACHES = ("cache", "past_key_values", "cache_params", "state")
+
+
+@dataclass
+class Enter:
+    """Forward pre-hook on the outermost model, and on the builders for calls that go straight to them."""
+
+    plan: Plan
+    names: list[str]
+    takes_positions: bool
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling() and not self.plan.needs_layout:
+            return None
+        if torch.compiler.is_compiling():
+            untraced: tuple[tuple[Any, ...], dict[str, Any]] | None = _enter_untraced(self, module, args, kwargs)
+            return untraced
+        return _enter(self, module, args, kwargs)
+
+
+def _enter(
+    hook: Enter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    before = RUNNING.get()
+    if before is SUSPENDED or (before is not None and before.plan is hook.plan and module not in hook.plan.entries):
+        return None
+    arguments = dict(zip(hook.names, args, strict=False)) | kwargs
+    running = Running(plan=hook.plan, owner=module, before=before)
+    RUNNING.set(running)
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        tokens = arguments.get("inputs_embeds")
+    if not isinstance(tokens, Tensor):
+        return None  # the model's own error says that it needs one of them
+    if not prepare(running, arguments, tokens):
+        return None
+    if running.layout is not None and one_logit_a_row(module):
+        _unpack(running, module, arguments)
+    elif running.layout is not None:
+        if "use_cache" in hook.names:
+            arguments["use_cache"] = False
+        arguments = {name: value for name, value in arguments.items() if name not in _CACHES or value is None}
+    if not hook.takes_positions:
+        arguments.pop("position_ids", None)
+    return (), arguments
+
+
+_enter_untraced: Callable[..., Any] = torch.compiler.disable(_enter)  # type: ignore[no-untyped-call]
+
+
+def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool:
+    """Fill in what a forward is; False where it is left to transformers."""
+    position_ids, attention_mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    cache = cache_of(arguments)
+    if holds_tokens(cache) or (cache is not None and is_prepared(attention_mask)):
+        no_restarts(position_ids, attention_mask, tokens)
+        return False
+    check(tokens, position_ids, attention_mask, arguments)
+    if position_ids is None:
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        position_ids = position_ids + (running.plan.first_position if running.plan is not None else 0)
+    elif position_ids.ndim == 3:
+        position_ids = position_ids[0]
+    elif running.plan is not None and running.plan.first_position:
+        first_or_later(position_ids, attention_mask, running.plan.first_position)
+    running.position_ids, running.real = position_ids.expand(tokens.shape[0], -1), attention_mask
+    running.packed = True
+    if running.plan is not None and running.plan.needs_layout:
+        layout = Layout.of(running.position_ids, attention_mask)
+        if layout.packed:
+            running.layout = layout
+        elif not layout.full and running.plan.mixes:
+            running.packed = False  # one padded sequence a row: transformers does that right, caches included
+    return True
+
+
+def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> None:
+    """One row per sequence, for a model that makes one result of a row: its layers then run on padded rows."""
+    layout = running.layout
+    assert layout is not None
+    (group,) = layout.one
+    if running.plan is not None and running.plan.mixes and not looks_back(module) and not bool(group.real.all()):
+        raise NotImplementedError(
+            f"{type(module).__name__} makes one result of a row, and its layers mix along the row in both directions, "
+            "padding included: packattn can unpack its packed rows only where all sequences have one length."
+        )
+    assert isinstance(module, PreTrainedModel)
+    pad = getattr(module.config.get_text_config(), "pad_token_id", None) or 0
+    for name, value in list(arguments.items()):
+        if name == "input_ids" and value is not None:
+            arguments[name] = group.take(value, pad)
+        elif name not in ("labels", "attention_mask"):
+            arguments[name] = group.argument(name, value)
+    arguments["attention_mask"] = group.real.long()
+    labels = arguments.get("labels")
+    if isinstance(labels, Tensor) and labels.shape[0] != len(layout.starts):
+        raise ValueError(
+            f"labels must hold one label for each of the {len(layout.starts)} packed sequences, in their order, got "
+            f"shape {tuple(labels.shape)}."
+        )
+    running.position_ids = group.take(running.position_ids) if running.position_ids is not None else None
+    running.real, running.layout = group.real.long(), None
+    if running.plan is not None and running.plan.mixes:
+        running.packed = False
+
+
+class Leave:
+    """Forward hook that ends what `Enter` began, also after an error."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            running = RUNNING.get()
+            if running is not None and running.owner is module:
+                RUNNING.set(running.before)
+
+
+@dataclass
+class Carry:
+    """Forward pre-hook on a builder: boundaries in place of the attention_mask."""
+
+    plan: Plan
+    names: list[str]
+    four: bool
+
+    def __call__(
+        self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        compiling = torch.compiler.is_compiling() and not self.plan.needs_layout
+        running = None if compiling else RUNNING.get()
+        if running is SUSPENDED:
+            return None
+        if module.config._attn_implementation != NAME:
+            raise RuntimeError(
+                f"{type(module).__name__} attends by {module.config._attn_implementation!r}, set after packattn.patch: "
+                "packed sequences would not be isolated. Call .remove() of the Patch first, or patch again after."
+            )
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        if arguments.get("output_attentions") or module.config.output_attentions:
+            raise NotImplementedError(
+                "output_attentions=True: packattn never forms the attention weights. Leave it out, or remove the patch."
+            )
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments.get("inputs_embeds")
+        if not isinstance(tokens, Tensor) or holds_masks(arguments.get("attention_mask")):
+            return None
+        if running is None:  # compiled, or called without the model around it
+            running = Running(plan=self.plan)
+            if not prepare(running, arguments, tokens):
+                return None
+        if not running.packed or running.position_ids is None:
+            return None
+        if arguments.get("encoder_hidden_states") is not None:
+            raise NotImplementedError(
+                "encoder_hidden_states: cross-attention of a packed row is not supported by packattn. Remove the patch."
+            )
+        carried = carry(running.position_ids, running.real, tokens.shape[0])
+        arguments["attention_mask"] = Carried(carried) if self.four else carried
+        if "position_ids" in self.names and arguments.get("position_ids") is None:
+            arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
+        if running.layout is not None and module.training:
+            _keep_layout_in_checkpoints(module, running)
+        return (), arguments
+
+
+def holds_masks(attention_mask: Any) -> bool:
+    """Whether a model around this one has made its masks already."""
+    if isinstance(attention_mask, dict):
+        return any(isinstance(mask, PackedMask) for mask in attention_mask.values())
+    return isinstance(attention_mask, (PackedMask, Carried))
+
+
+def _keep_layout_in_checkpoints(module: nn.Module, running: Running) -> None:
+    """Recomputation runs outside of the forward: it gets this forward's layout along with its arguments."""
+    for layer in module.modules():
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if function is not None:
+            while isinstance(function, partial) and function.func is _checkpoint:
+                (function, _) = function.args
+            layer._gradient_checkpointing_func = partial(_checkpoint, function, running)  # type: ignore[assignment]
+
+
+def _checkpoint(function: Callable[..., Any], running: Running, call: Callable[..., Any], *args: Any) -> Any:
+    return function(partial(_under, running, call), *args)
+
+
+def _under(running: Running, call: Callable[..., Any], *args: Any) -> Any:
+    token = RUNNING.set(running)
+    try:
+        return call(*args)
+    finally:
+        RUNNING.reset(token)
+
+
+class Mark:
+    """Forward pre-hook on an attention layer: it runs in this forward."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            running = RUNNING.get()
+            if running is not None:
+                running.entered[id(module)] = module
+
+
+class Check:
+    """Forward hook on a builder: every attention layer that ran must have used a mask of this forward."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        running = RUNNING.get()
+        if running is None or not running.packed:
+            return
+        missed = [layer for key, layer in running.entered.items() if key not in running.ran]
+        if missed:
+            names = [name for name, layer in module.named_modules() if any(layer is other for other in missed)]
+            raise RuntimeError(
+                f"packattn did not run in {', '.join(names)} ({type(missed[0]).__name__}): the packed sequences were "
+                "not isolated there. Something replaced the attention after packattn.patch: apply it before, or leave "
+                "it out."
+            )
+
+
+def by_sequence(
+    module: nn.Module, before: Callable[..., Any] | None, plan: Plan, kind: str, *args: Any, **kwargs: Any
+) -> Any:
+    """The forward of a layer that runs on one row per sequence while a packed batch goes through the model."""
+    forward = before if before is not None else partial(type(module).forward, module)
+    if torch.compiler.is_compiling():
+        return _disabled(forward, module, plan, kind, args, kwargs)
+    return _by_sequence(forward, module, plan, kind, args, kwargs)
+
+
+def _by_sequence(
+    forward: Callable[..., Any], module: nn.Module, plan: Plan, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    running = RUNNING.get()
+    if running is None and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{type(module).__name__} was recomputed in the backward pass without the boundaries of its packed rows. "
+            "Checkpoint by model.gradient_checkpointing_enable(), which packattn knows."
+        )
+    layout = running.layout if running is not None and running is not SUSPENDED else None
+    if layout is None:
+        return forward(*args, **kwargs)
+    if isinstance(module, PreTrainedModel):
+        _no_sharded_layers(module)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    if isinstance(module, PreTrainedModel) and "use_cache" in names:
+        arguments["use_cache"] = False
+
+    def call(group: Group) -> Any:
+        token = RUNNING.set(SUSPENDED)
+        try:
+            # Positional arguments stay so: reentrant checkpointing gives no gradient to others.
+            given = {name: group.argument(name, value) for name, value in arguments.items()}
+            positional = [given.pop(name) for name in names[: len(args)]]
+            return forward(*positional, **given)
+        finally:
+            RUNNING.reset(token)
+
+    return by_group(layout, plan.groups(layout, kind), call)
+
+
+_disabled: Callable[..., Any] = torch.compiler.disable(_by_sequence)  # type: ignore[no-untyped-call]
+
+
+def _no_sharded_layers(module: nn.Module) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sharded = [m for m in module.modules() if type(m).__name__.startswith(("FSDP", "FullySharded"))]
+        if sharded and torch.distributed.get_world_size() > 1:
+            raise NotImplementedError(
+                f"{type(module).__name__} runs one row per sequence, so often on each rank as there are lengths, which "
+                "would hang sharded layers (FSDP). packattn supports it with DistributedDataParallel."
+            )

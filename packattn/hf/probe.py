@@ -1,0 +1,104 @@
+"""One small packed forward when a model is patched: what its code does not tell, its behaviour does."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from packattn.hf.plan import Plan
+from packattn.hf.running import RUNNING, SUSPENDED
+
+_LENGTHS = (3, 5)
+
+
+def runnable(builder: PreTrainedModel) -> bool:
+    """Whether the weights of a model are here and whole, so that a small forward can be run."""
+    weights = [p for p in builder.parameters() if p.is_floating_point()]
+    whole = all(type(p) in (Tensor, nn.Parameter) and not p.is_meta and p.numel() for p in weights)
+    return bool(weights) and whole and isinstance(getattr(builder.get_input_embeddings(), "weight", None), Tensor)
+
+
+def probe(plan: Plan) -> str | None:
+    """Run the patched builder on two short sequences, and again with other tokens in the first.
+
+    Returns:
+        Why the second sequence is not isolated, or None. A model that cannot be run here (weights elsewhere, inputs
+        beside text) is left to the checks of every forward.
+    """
+    builder = plan.builders[0][1]
+    if not runnable(builder):
+        return None
+    weight = builder.get_input_embeddings().weight
+    positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(weight.device) + plan.first_position
+    ids = (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
+    changed = ids.clone()
+    changed[:, : _LENGTHS[0]] = (ids[:, : _LENGTHS[0]] + 7) % weight.shape[0]
+    try:
+        with _undisturbed(builder):
+            one, other = (_second(builder, given, positions) for given in (ids, changed))
+    except NotImplementedError as error:
+        return str(error)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        return str(error) if "packattn" in str(error) else None
+    if one is None or other is None or one.shape != other.shape or not bool(torch.isfinite(one).all()):
+        return None
+    # Experts may round differently with other neighbours; a leak is orders larger.
+    moved = (one - other).abs().max().item() / max(one.abs().max().item(), 1e-30)
+    if moved > 256 * torch.finfo(one.dtype).eps:
+        return f"in a forward of two short sequences, the second moved by {moved:.1e} with the tokens of the first"
+    return None
+
+
+def first_position(builder: PreTrainedModel) -> int:
+    """Where a model's own positions begin: 0, or after the padding index in the RoBERTa family.
+
+    Found by which positions give what the model gives without any. 0 if it cannot be run here.
+    """
+    if "position_ids" not in inspect.signature(builder.forward).parameters or not runnable(builder):
+        return 0
+    weight = builder.get_input_embeddings().weight
+    ids = (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    padding = getattr(builder.config, "pad_token_id", None)
+    firsts = dict.fromkeys([0, 2, (padding if isinstance(padding, int) else 0) + 1])
+    token = RUNNING.set(SUSPENDED)
+    try:
+        with _undisturbed(builder):
+            own = _hidden(builder(input_ids=ids))
+            for first in firsts:
+                given = _hidden(builder(input_ids=ids, position_ids=positions + first))
+                if own is not None and given is not None and torch.allclose(given, own, rtol=1e-3, atol=1e-4):
+                    return first
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return 0
+    finally:
+        RUNNING.reset(token)
+    return 0
+
+
+@contextmanager
+def _undisturbed(builder: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, no gradients, the random state as before afterwards."""
+    modes = [(module, module.training) for module in builder.modules()]
+    devices = sorted({p.device.index for p in builder.parameters() if p.device.type == "cuda"})
+    try:
+        builder.eval()
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _second(builder: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor | None:
+    hidden = _hidden(builder(input_ids=ids, position_ids=positions))
+    return None if hidden is None else hidden[:, _LENGTHS[0] :]
+
+
+def _hidden(output: Any) -> Tensor | None:
+    hidden = output.get("last_hidden_state") if hasattr(output, "get") else output[0]
+    return hidden if isinstance(hidden, Tensor) and hidden.ndim == 3 else None

@@ -1,0 +1,43 @@
+"""What one forward of a patched model knows: where its sequences lie, and which layers have kept to it.
+
+The masks themselves travel in the arguments of the layers (see `packattn.hf.masks`). What cannot travel there, because
+layers do not take it, is found here for the time of the forward: a context variable, so that threads do not meet.
+"""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from packattn.hf.layout import Layout
+from packattn.hf.plan import Plan
+
+
+@dataclass(eq=False)
+class Running:
+    """One forward of a patched model.
+
+    Attributes:
+        plan, owner: of the model, and the module whose call this is. before: what it is nested in.
+        position_ids: (rows, n). real: (rows, n), nonzero for tokens; None: all are.
+        packed: False where transformers is left to itself: a forward over a cache.
+        layout: where the sequences lie, known on the host; None where nobody needs it or nothing is packed.
+        masks: the k_start of every PackedMask made in this forward.
+        entered, ran: the attention layers that were called, and the ids of those that used such a mask.
+    """
+
+    plan: Plan | None = None
+    owner: nn.Module | None = None
+    before: "Running | None" = None
+    position_ids: Tensor | None = None
+    real: Tensor | None = None
+    packed: bool = False
+    layout: Layout | None = None
+    masks: list[Tensor] = field(default_factory=list)
+    entered: dict[int, nn.Module] = field(default_factory=dict)
+    ran: set[int] = field(default_factory=set)
+
+
+# None outside of a forward. SUSPENDED: the model runs in transformers' own attention (verify, rows of one sequence).
+RUNNING: ContextVar[Running | None] = ContextVar("packattn_running", default=None)
+SUSPENDED = Running()
