@@ -64,7 +64,7 @@ def test_the_portable_set_is_always_there_and_an_absent_one_says_so():
         with pytest.raises(RuntimeError, match="call attention_"):
             run(on(f"cpu_{name}"), CASES[0], torch.float32, "cpu")
     for name in set(INSTRUCTION_SETS) - set(USABLE):
-        with pytest.raises(RuntimeError, match="this CPU has no|AVX was not compiled"):
+        with pytest.raises(RuntimeError, match=r"this CPU has no|AVX was not compiled"):
             run(on(f"cpu_{name}"), CASES[0], torch.bfloat16, "cpu")
 
 
