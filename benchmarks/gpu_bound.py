@@ -215,7 +215,9 @@ def report(profiles: dict[Key, dict[str, Profile]], tokens: int) -> list[dict[st
             if "plain" in totals:
                 others = other_passes(tokens, SHAPES[shape], gpu)
                 totals["plain"].append(others)
-                print(f"{'plain other passes':24}{others:8.1f} DRAM      delta, dq to zero and rounded, dk and dv summed")
+                print(
+                    f"{'plain other passes':24}{others:8.1f} DRAM      delta, dq to zero and rounded, dk and dv summed"
+                )
             if "ours" in totals and "plain" in totals:
                 forward = totals["plain"][0] / totals["ours"][0]
                 step = sum(totals["plain"]) / sum(totals["ours"])

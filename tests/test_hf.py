@@ -477,3 +477,16 @@ def test_law_3_image_blocks_are_spans_in_both_forms():
         carried = masks.carry(positions, None, 1)
         found = masks.packed_mask(q_length=10, mask_function=function, attention_mask=carried).to_dense()
         assert torch.equal(found, expected & same), name
+
+
+def test_every_kind_of_mask_gets_the_launch_order_of_its_tiles(monkeypatch):
+    asked = []
+    monkeypatch.setattr(masks, "schedule", lambda mask, **shape: asked.append(shape) or mask)
+    model = make("gemma3")
+    packattn.patch(model)
+    asked.clear()  # a patch may try the model out
+    config = model.config.get_text_config()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**packed_row("gemma3"))
+    heads = {"heads_q": config.num_attention_heads, "heads_k": config.num_key_value_heads, "head_dim": config.head_dim}
+    assert asked == [heads | {"dtype": torch.bfloat16}] * 2  # full and sliding

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
+from transformers import PreTrainedConfig, masking_utils
 
+from packattn.attention import schedule
 from packattn.boundaries import Boundaries, boundaries
 from packattn.errors import UnsupportedMaskError
 from packattn.hf.running import RUNNING
@@ -68,7 +69,7 @@ def packed_mask(
         )
         return dense
     assert attention_mask is not None
-    mask = _spans(mask_function, attention_mask)
+    mask = _ordered(_spans(mask_function, attention_mask), **others)
     running = None if torch.compiler.is_compiling() else RUNNING.get()
     if running is not None:
         running.masks.append(mask.k_start)
@@ -97,6 +98,22 @@ def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
         f"packattn does not know this model's mask to be one span of keys per token: {' and '.join(sorted(names))}. "
         "Train this model unpacked, one example a row, without packattn.patch."
     )
+
+
+def _ordered(mask: PackedMask, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, **_: Any) -> PackedMask:
+    """The mask with the launch order of its GPU tiles for most layers of a model; others ignore an order of theirs.
+
+    The order changes no result. A compiler would trace the question for the GPU's kind, so compiled models go without.
+    """
+    if torch.compiler.is_compiling() or type(mask.k_start) is not Tensor:
+        return mask
+    device = mask.k_start.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    heads = config.num_attention_heads
+    heads_k = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return schedule(mask, heads_q=heads, heads_k=heads_k, head_dim=head_dim, dtype=dtype)
 
 
 def _with_whole_blocks(mask: PackedMask, found: Boundaries, blocks: Tensor) -> PackedMask:
