@@ -28,7 +28,8 @@ inline void gradients(const Problem<T>& problem, const BackwardTile& tile, const
                       const Keys& v, int64_t key0, float* p, float* ds, float* slope) {
   const Extras<T> extras{problem};
   const bool special = extras.any();
-  against_keys(sight, k, tile.q_columns, problem.head_dim, [&](int i, int32_t lane, auto& acc) __attribute__((always_inline)) {
+  const int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
+  against_keys(sight, k, tile.q_columns, dim, [&](int i, int32_t lane, auto& acc) __attribute__((always_inline)) {
     constexpr int rows = sizeof(acc) / sizeof(acc[0]), wide = sizeof(acc[0]) / sizeof(Vec);
     scale_pairs(acc, extras.factor());
     if (!special)
@@ -50,7 +51,7 @@ inline void gradients(const Problem<T>& problem, const BackwardTile& tile, const
     }
     if (sight.partial[i]) sight.mask(strip, p, 0.0f);
   }
-  against_keys(sight, v, tile.dout_columns, problem.head_dim_v, [&](int i, int32_t lane, auto& acc) __attribute__((always_inline)) {
+  against_keys(sight, v, tile.dout_columns, dim_v, [&](int i, int32_t lane, auto& acc) __attribute__((always_inline)) {
     constexpr int rows = sizeof(acc) / sizeof(acc[0]), wide = sizeof(acc[0]) / sizeof(Vec);
     const int64_t at = sight.key[i].row * kTile + lane;
     if (!problem.dropout)
@@ -83,7 +84,8 @@ inline void gradients(const Problem<T>& problem, const BackwardTile& tile, const
 
 template <class T>
 void backward(const Problem<T>& problem, const Unit& unit, float* scratch) {
-  const int64_t group = problem.group(), dim = problem.head_dim, dim_v = problem.head_dim_v, head0 = unit.head_k * group;
+  const int64_t group = problem.group(), dim = problem.head_dim, dim_v = problem.head_dim_v;
+  const int64_t head0 = unit.head_k * group;
   const int64_t ld = padded(dim), ld_v = padded(dim_v), step = problem.step();
   const int64_t most_tiles = (least(unit.end - unit.begin, step) * group + kTile - 1) / kTile;
   Arena arena{scratch};

@@ -1,6 +1,7 @@
 // The forward pass over one unit of queries. Included per instruction set; see attention_cpu_simd.h.
 
-// Lanes whose maximum grows by less than this keep the old one: probabilities then go up to exp(5), and sums stay as they are.
+// Lanes whose maximum grows by less than this keep the old one: probabilities then go up to exp(5), and sums stay as
+// they are.
 constexpr float kSlack = 5.0f;
 
 struct ForwardTile {
@@ -20,13 +21,14 @@ int64_t forward_scratch(const Problem<T>& problem, const Unit& unit) {
 
 // Scores of one tile and block to probabilities in s, the running statistics brought up to date.
 template <class T>
-inline void forward_scores(const Problem<T>& problem, ForwardTile& tile, const Sight& sight, const Keys& k, int64_t key0,
-                           float* s) {
+inline void forward_scores(const Problem<T>& problem, ForwardTile& tile, const Sight& sight, const Keys& k,
+                           int64_t key0, float* s) {
   const Extras<T> extras{problem};
   const bool special = extras.any();
   alignas(64) float top[kTile], shift[kTile];
   for (int r = 0; r < kTile; r += kLanes) store(top + r, splat(-kInfinity));
-  against_keys(sight, k, tile.columns, problem.head_dim, [&](int i, int32_t lane, auto& acc) __attribute__((always_inline)) {
+  const int64_t dim = problem.head_dim;
+  against_keys(sight, k, tile.columns, dim, [&](int i, int32_t lane, auto& acc) __attribute__((always_inline)) {
     constexpr int rows = sizeof(acc) / sizeof(acc[0]), wide = sizeof(acc[0]) / sizeof(Vec);
     scale_pairs(acc, extras.factor());
     store_block(acc, s + sight.key[i].row * kTile + lane);
@@ -121,7 +123,8 @@ void forward(const Problem<T>& problem, const Unit& unit, float* scratch) {
         v = copied(problem.v, c0, c1, unit.head_k, dim_v, v_copy);
       }
       forward_scores(problem, tile[t], sight, k, c0, s);
-      accumulate<true>(sight.lane, sight.lanes, along_keys(sight, s, pairs), kTile, v.summed, ld_v, tile[t].acc, ld_v, ld_v);
+      const float* left = along_keys(sight, s, pairs);
+      accumulate<true>(sight.lane, sight.lanes, left, kTile, v.summed, ld_v, tile[t].acc, ld_v, ld_v);
     }
   }
   for (int64_t t = 0; t < tiles; ++t)

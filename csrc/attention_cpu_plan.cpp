@@ -86,7 +86,8 @@ std::vector<Unit> backward_units(const Shape& shape, int64_t threads) {
     begin = end, key = key_end, cost = 0;
   }
   costliest_first(units);
-  const auto large = std::count_if(units.begin(), units.end(), [&](const Unit& unit) { return unit.cost * threads * 4 > total; });
+  const auto is_large = [&](const Unit& unit) { return unit.cost * threads * 4 > total; };
+  const auto large = std::count_if(units.begin(), units.end(), is_large);
   if (threads == 1 || large == 0) return units;
   // Pieces compute 7 products where whole units compute 5: cut as many units as make the busiest thread the fastest.
   std::vector<Unit> best = units;

@@ -84,7 +84,7 @@ inline Keys copied(const View<const T>& x, int64_t begin, int64_t end, int64_t h
   return result;
 }
 
-// The rows of tile `tile` of a unit's queries.
+// The rows of one tile.
 struct Lanes {
   int64_t first;            // token of the first lane
   int64_t count;            // lanes that hold a row
@@ -103,11 +103,11 @@ struct Lanes {
   }
 };
 
-// Rows of x at the lanes: with elements along the row, transposed, times factor, kTile elements a row; and, if summed is
-// not null, with elements along the lanes, padded(dim) apart.
+// Rows of x at the lanes: with elements along the row, transposed, times factor, kTile elements a row; and, if summed
+// is not null, with elements along the lanes, padded(dim) apart.
 template <class T>
-inline void load_lanes(const View<const T>& x, const Lanes& lanes, int64_t dim, float factor, float* row, float* columns,
-                       float* summed) {
+inline void load_lanes(const View<const T>& x, const Lanes& lanes, int64_t dim, float factor, float* row,
+                       float* columns, float* summed) {
   const int64_t ld = elements(dim), filled = padded(lanes.count);
   float* rows = kPairs || summed == nullptr ? row : summed;
   for (int64_t r = 0; r < lanes.count; ++r) {
@@ -237,7 +237,8 @@ PACKATTN_INLINE void against_keys(const Sight& sight, const Keys& keys, const fl
   for (int32_t n = 0; n < kTile; n += kVecs * kLanes)
     for (int s = 0; s < sight.keys; ++s) {
       const Strip& strip = sight.key[s];
-      const int32_t a = strip.from > n ? strip.from : n, b = strip.to < n + kVecs * kLanes ? strip.to : n + kVecs * kLanes;
+      const int32_t stop = n + kVecs * kLanes;
+      const int32_t a = strip.from > n ? strip.from : n, b = strip.to < stop ? strip.to : stop;
       if (a >= b) continue;
       for_shape(strip.rows, (b - a) / kLanes, [&](auto rows, auto wide) __attribute__((always_inline)) {
         Vec acc[rows.value][wide.value] = {};
@@ -292,7 +293,8 @@ struct Extras {
   // What dropout multiplies the probabilities of key `key` by.
   void kept(const Strip& strip, const Lanes& lanes, int64_t key, float* to) const {
     for (int32_t r = strip.from; r < strip.to; ++r) {
-      const uint32_t word = philox(problem.key0, problem.key1, uint32_t(lanes.token[r]), uint32_t(key), uint32_t(lanes.head[r]));
+      const auto query = uint32_t(lanes.token[r]), head = uint32_t(lanes.head[r]);
+      const uint32_t word = philox(problem.key0, problem.key1, query, uint32_t(key), head);
       to[r] = word >= problem.threshold ? problem.keep_scale : 0.0f;
     }
   }

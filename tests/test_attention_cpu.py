@@ -145,13 +145,17 @@ def threads():
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_law_5_any_number_of_threads_gives_the_same_bits(case, dropout_p, threads):
     seed = torch.tensor([5])
-    threads(1)
-    expected = run(on("cpu", dropout_p, seed), case, torch.float32, "cpu")
-    for count in (2, 3, 8):
-        threads(count)
-        found = run(on("cpu", dropout_p, seed), case, torch.float32, "cpu")
-        for key, value in expected.items():
-            assert torch.equal(found[key], value), f"{key} with {count} threads"
+    problems = [("cpu", torch.float32)]
+    if "avx512pairs" in USABLE:
+        problems.append(("cpu_avx512pairs", torch.bfloat16))  # where it also matters which rows make a pair
+    for name, dtype in problems:
+        threads(1)
+        expected = run(on(name, dropout_p, seed), case, dtype, "cpu")
+        for count in (2, 3, 8):
+            threads(count)
+            found = run(on(name, dropout_p, seed), case, dtype, "cpu")
+            for key, value in expected.items():
+                assert torch.equal(found[key], value), f"{key} in {dtype} with {count} threads"
 
 
 MEMORY = """
