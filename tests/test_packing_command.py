@@ -318,6 +318,16 @@ def test_the_report_is_a_table_json_and_a_picture(tmp_path, tokenizer, capsys):
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_what_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
+    source = write(tmp_path / "in.jsonl", [{"input_ids": [1]}])
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    assert run("pack", source, "--out", tmp_path / "out") == 1
+    assert "pip install packattn[data]" in capsys.readouterr().err
+    monkeypatch.setattr(__main__.info, "version_of", lambda name: None)
+    assert run("report", source, "--tokenizer", "any") == 1
+    assert "pip install packattn[hf]" in capsys.readouterr().err
+
+
 def test_a_reader_skips_what_was_read(tmp_path):
     source = write(tmp_path / "in.jsonl", [{"input_ids": [number]} for number in range(10)])
     reader = Reader(source, None)
