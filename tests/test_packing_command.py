@@ -222,7 +222,7 @@ def pack_arguments(source, out, tokenizer):
         "--shard-lines",
         50,
         "--shard-rows",
-        40,
+        20,
     )
 
 
@@ -232,7 +232,7 @@ def test_a_run_that_is_ended_goes_on_and_makes_the_same(tmp_path, tokenizer, end
     stage = "*.parquet" if ending == signal.SIGKILL else "tokens/*.arrow"
     run_ = start(*pack_arguments(source, out, tokenizer))
     deadline = time.monotonic() + 120
-    while len(list(Path(f"{out}.partial").glob(stage))) < 3 and run_.poll() is None and time.monotonic() < deadline:
+    while len(list(Path(f"{out}.partial").glob(stage))) < 2 and run_.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     run_.send_signal(ending)
     _, said = run_.communicate(timeout=60)
