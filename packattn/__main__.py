@@ -42,6 +42,8 @@ def run_data_command(arguments: argparse.Namespace) -> int:
     """Run `report` or `pack`; 0 if it is done, 1 with the reason if not, 130 if it was interrupted."""
 
     def load(name: str) -> object:
+        if info.version_of("transformers") is None:
+            raise ImportError("--tokenizer needs transformers: pip install packattn[hf]")
         from packattn.hf.tokenizer import load_tokenizer
 
         return load_tokenizer(name)

@@ -87,9 +87,7 @@ def by_accelerate(folder, seen):
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for epoch in range(2):
         loader.set_epoch(epoch)
-        batches = iter(loader)
-        for step in range(sampler.num_steps):
-            taken = [next(batches) for _ in range(sampler.micro_steps_of(step))]
+        for taken in sampler.by_step(loader):
             targets = sum((batch["labels"] != -100).sum() for batch in taken)
             targets = accelerator.reduce(targets, "sum")
             for batch in taken:

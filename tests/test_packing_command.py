@@ -222,7 +222,7 @@ def pack_arguments(source, out, tokenizer):
         "--shard-lines",
         50,
         "--shard-rows",
-        40,
+        20,
     )
 
 
@@ -232,7 +232,7 @@ def test_a_run_that_is_ended_goes_on_and_makes_the_same(tmp_path, tokenizer, end
     stage = "*.parquet" if ending == signal.SIGKILL else "tokens/*.arrow"
     run_ = start(*pack_arguments(source, out, tokenizer))
     deadline = time.monotonic() + 120
-    while len(list(Path(f"{out}.partial").glob(stage))) < 3 and run_.poll() is None and time.monotonic() < deadline:
+    while len(list(Path(f"{out}.partial").glob(stage))) < 2 and run_.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     run_.send_signal(ending)
     _, said = run_.communicate(timeout=60)
@@ -316,6 +316,16 @@ def test_the_report_is_a_table_json_and_a_picture(tmp_path, tokenizer, capsys):
     assert figures["examples"] == 300
     assert next(a["name"] for a in figures["approaches"]) == "padding"
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
+    source = write(tmp_path / "in.jsonl", [{"input_ids": [1]}])
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    assert run("pack", source, "--out", tmp_path / "out") == 1
+    assert "pip install packattn[data]" in capsys.readouterr().err
+    monkeypatch.setattr(__main__.info, "version_of", lambda name: None)
+    assert run("report", source, "--tokenizer", "any") == 1
+    assert "pip install packattn[hf]" in capsys.readouterr().err
 
 
 def test_a_reader_skips_what_was_read(tmp_path):

@@ -95,6 +95,14 @@ def test_a_plan_is_saved_reused_and_refused_for_other_data(tmp_path):
         pack_dataset(examples, CAPACITY, lengths=[1] * 199, progress=False)
 
 
+def test_lengths_that_are_not_those_of_the_examples_cut_nothing():
+    examples = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
+    for lengths in ([2, 1], [4, 1]):
+        packed = pack_dataset(examples, CAPACITY, lengths=lengths, progress=False)
+        with pytest.raises(ValueError, match=f"example 0 has 3 tokens where the plan counted {lengths[0]}"):
+            packed[0]
+
+
 def test_rows_are_a_function_for_map_on_any_machine(tmp_path):
     examples = make(50)
     datasets.Dataset.from_list(examples).save_to_disk(tmp_path / "data")

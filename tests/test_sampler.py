@@ -69,7 +69,7 @@ def test_every_step_has_the_examples_of_a_run_with_accelerate():
     steps = [sorted(itertools.chain(*(b for r in drawn for b in r[s : s + 3]))) for s in range(0, len(drawn[0]), 3)]
     mine = BalancedPackingSampler(draw(96), 24, num_replicas=4, rank="all", seed=5, micro_steps=3)
     mine.set_epoch(2)
-    assert [sorted(itertools.chain(*step)) for step in mine.by_step(mine)] == steps
+    assert [sorted(itertools.chain(*itertools.chain(*mine.assignment(s)))) for s in range(mine.num_steps)] == steps
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -131,8 +131,10 @@ def test_an_epoch_goes_on_anywhere(options):
         second = make()
         second.load_state_dict(first.state_dict())
         second.set_epoch(4)
-        left = list(itertools.chain(*second.by_step(iter(second))))
+        left = list(second) if rounds == 2 else list(itertools.chain(*second.by_step(second)))
         assert taken + left == expected
+        second.set_epoch(5)
+        second.set_epoch(4)
         assert list(itertools.islice(second, 3)) == expected[:3]
 
 
@@ -142,7 +144,10 @@ def test_the_number_of_ranks_may_change_between_steps_and_not_within_one():
     assert len(steps[0]) > 1
     more = BalancedPackingSampler(draw(96), 24, num_replicas=8, rank="all", token_budget=80)
     more.load_state_dict(first.state_dict(step=2))
-    found = [sorted(itertools.chain(*step)) for step in more.by_step(more)]
+    left = list(more)
+    planned = [more.assignment(step) for step in (2, 3)]
+    assert left == list(itertools.chain(*itertools.chain(*planned)))
+    found = [sorted(itertools.chain(*itertools.chain(*step))) for step in planned]
     assert found == plain_steps(96, 4, 24, 0, {})[2:]
 
     inside = BalancedPackingSampler(draw(96), 24, num_replicas=4, rank=0, token_budget=50)
@@ -197,7 +202,9 @@ def test_a_plain_data_loader_with_workers_resumes_by_finished_steps():
     done = [next(grouped) for _ in range(2)]
     resumed = make()
     resumed.load_state_dict(sampler.state_dict(step=2))
-    assert done + list(resumed.by_step(resumed)) == list(make().by_step(make()))
+    left = list(resumed.by_step(DataLoader(data, batch_sampler=resumed, collate_fn=list, num_workers=2)))
+    assert done + left == list(make().by_step(make()))
+    assert len({len(step) for step in done + left}) > 1
 
 
 def test_accelerate_refuses_to_deal_out_what_was_dealt_out():
@@ -206,6 +213,16 @@ def test_accelerate_refuses_to_deal_out_what_was_dealt_out():
     mine = BalancedPackingSampler(draw(20), 4, num_replicas=2, rank=0)
     with pytest.raises(TypeError, match='make it with rank="all"'):
         prepare_data_loader(DataLoader(range(20), batch_sampler=mine), num_processes=2, process_index=0)
+
+
+def test_by_step_refuses_what_gives_the_batches_of_all_ranks_or_too_few():
+    mine = BalancedPackingSampler(draw(20), 4, num_replicas=2, rank="all")
+    for given in (mine, DataLoader(range(20), batch_sampler=mine)):
+        with pytest.raises(ValueError, match=r"give by_step the loader that Accelerator\.prepare returned"):
+            mine.by_step(given)
+    one = BalancedPackingSampler(draw(20), 4, num_replicas=2, rank=0, micro_steps=2)
+    with pytest.raises(ValueError, match="batches ended in step 1 of 5, after 1 of 2 micro-batches"):
+        list(one.by_step(iter(list(one)[:3])))
 
 
 BAD = [

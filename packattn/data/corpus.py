@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -70,9 +71,12 @@ def pack_corpus(
         shard_rows: rows of a Parquet file.
 
     Raises:
+        ImportError: datasets is not installed.
         FileExistsError: `out` is there, or another run is at work on it.
         ValueError: the partial folder belongs to other arguments or another input; a line is bad; an example too long.
     """
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError("packing a file needs datasets and pyarrow: pip install packattn[data]")
     out, partial = Path(out), Path(f"{out}.partial")
     make_limits(capacity, max_per_bin, max_square)
     if out.exists():

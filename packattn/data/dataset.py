@@ -152,15 +152,25 @@ def pack_rows(
     examples = iter(_fetch(dataset, [piece.example for pieces in content for piece in pieces]))
     rows = []
     for pieces in content:
-        row = collator([cut(next(examples), piece) for piece in pieces])
+        row = collator([cut(next(examples), piece, plan.starts is not None) for piece in pieces])
         rows.append({name: values[0] for name, values in row.items() if isinstance(values, Tensor) and values.ndim > 1})
     return rows
 
 
-def cut(example: Mapping[str, Any], piece: Piece) -> Mapping[str, Any]:
-    """The tokens of a piece of an example."""
-    if piece.start == 0 and piece.stop == len(example["input_ids"]):
+def cut(example: Mapping[str, Any], piece: Piece, split: bool) -> Mapping[str, Any]:
+    """The tokens of a piece of an example; `split`: whether the plan splits any.
+
+    Raises:
+        ValueError: the example has not the tokens that the plan counted.
+    """
+    tokens = len(example["input_ids"])
+    if piece.start == 0 and piece.stop == tokens:
         return example
+    if piece.stop > tokens or not split:
+        raise ValueError(
+            f"example {piece.example} has {tokens} tokens where the plan counted {piece.stop}; make the plan from the "
+            "lengths of this data set."
+        )
     return {name: values[piece.start : piece.stop] for name, values in example.items()}
 
 

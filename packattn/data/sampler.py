@@ -152,17 +152,28 @@ class BalancedPackingSampler(Sampler[list[int]]):
         return self._counts[step]
 
     def by_step(self, batches: Iterable[_T]) -> Iterator[list[_T]]:
-        """What a loader with this sampler gives, grouped by optimiser step: lists of micro-batches.
+        """What a loader with this sampler gives to a rank, grouped by optimiser step: lists of micro-batches.
 
         After `load_state_dict` the first list holds what was left of its step.
+
+        Args:
+            batches: a loader whose batch_sampler is this sampler; for rank="all" what `Accelerator.prepare` made of it.
+
+        Raises:
+            ValueError: the loader gives the batches of all ranks, or ends too early.
         """
-        first, done = self._start
-        ranks = self.num_replicas if self.rank == "all" else 1
-        iterator = iter(batches)
+        if self.rank == "all" and self.num_replicas > 1 and self in (batches, getattr(batches, "batch_sampler", None)):
+            raise ValueError(
+                "this loader gives the micro-batches of all ranks; give by_step the loader that Accelerator.prepare "
+                "returned, which gives those of its own."
+            )
+        return self._grouped(*self._start, iter(batches))
+
+    def _grouped(self, first: int, done: int, batches: Iterator[_T]) -> Iterator[list[_T]]:
         for step in range(first, self.num_steps):
-            taken = list(itertools.islice(iterator, 1))  # the sampler runs ahead and has then worked this step out
-            left = (self.micro_steps_of(step) - done) * ranks
-            taken.extend(itertools.islice(iterator, left - 1))
+            taken = list(itertools.islice(batches, 1))  # the sampler runs ahead and has then worked this step out
+            left = self.micro_steps_of(step) - done
+            taken.extend(itertools.islice(batches, left - 1))
             if len(taken) < left:
                 raise ValueError(
                     f"batches ended in step {step} of {self.num_steps}, after {len(taken)} of {left} micro-batches; "
