@@ -41,12 +41,9 @@ def run_verify(what: str, *, plain: bool, implementation: str | None, lengths: l
     """Probe a saved model, or a tiny random one of a model type; 0 if its packed sequences are isolated and exact."""
     from pathlib import Path
 
-    import transformers
-
     from packattn.hf import patch, verify
     from packattn.hf.tiny import load
 
-    transformers.logging.set_verbosity_error()
     model = load(Path(what) if Path(what).exists() else what)
     if implementation is not None:
         model.set_attn_implementation(implementation)

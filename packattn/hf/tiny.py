@@ -219,6 +219,7 @@ def load(what: Path | str) -> PreTrainedModel:
     Raises:
         ValueError: neither a folder nor a model type that transformers registers with a head or an encoder.
     """
+    transformers.logging.set_verbosity_error()
     if isinstance(what, Path):
         config = AutoConfig.from_pretrained(what)
         made = getattr(transformers, (config.architectures or [""])[0], AutoModel)
