@@ -64,9 +64,8 @@ def run_verify(what: str, *, plain: bool, implementation: str | None, lengths: l
     from pathlib import Path
 
     from packattn.hf import patch, verify
-    from packattn.hf.tiny import load, quiet
+    from packattn.hf.tiny import load
 
-    quiet()
     model = load(Path(what) if Path(what).exists() else what)
     if implementation is not None:
         model.set_attn_implementation(implementation)

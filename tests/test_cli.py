@@ -55,3 +55,14 @@ def test_a_launch_happens_on_the_device_of_its_tensors(monkeypatch):
 
     assert isinstance(launch._on(torch.device("cuda", 3)), torch.cuda.device)
     assert launch._on(torch.device("cuda", 3)).idx == 3
+
+
+def test_verify_shows_the_leak_of_plain_transformers_and_its_end(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["packattn", "verify", "llama", "--plain", "--lengths", "4", "6"])
+    assert __main__.main() == 1
+    printed = capsys.readouterr().out
+    assert "NOT ISOLATED" in printed
+    assert "the first layer that leaks: model.layers.0.self_attn (LlamaAttention)" in printed
+    monkeypatch.setattr(sys, "argv", ["packattn", "verify", "llama", "--lengths", "4", "6"])
+    assert __main__.main() == 0
+    assert "isolated and exact" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from packattn.errors import UnsupportedModelError
 from packattn.hf.hooks import NAME, Carry, Check, Enter, Leave, Mark, by_sequence
 from packattn.hf.plan import Plan, make_plan
-from packattn.hf.probe import first_position, probe
+from packattn.hf.probe import FAILS, first_position, probe, runs
 
 
 class Patch:
@@ -116,7 +116,9 @@ def patch(model: nn.Module) -> Patch:
         _apply(plan, restore)
         if not plan.rows and (problem := probe(plan)):
             Patch(model, plan, restore).remove()
-            plan.rows, plan.by_sequence, plan.attention = [problem], [], []
+            # What the model does not run by itself either (inputs beside text) says nothing of packing.
+            if not problem.startswith(FAILS) or runs(plan.builders[0][1]):
+                plan.rows, plan.by_sequence, plan.attention = [problem], [], []
             _apply(plan, restore)
     except BaseException:
         Patch(model, plan, restore).remove()

@@ -13,6 +13,19 @@ from packattn.hf.plan import Plan
 from packattn.hf.running import RUNNING, SUSPENDED
 
 _LENGTHS = (3, 5)
+FAILS = "its code fails on packattn's masks: "
+
+
+def runs(builder: PreTrainedModel) -> bool:
+    """Whether an unpatched model runs on what the probe gives it."""
+    weight = builder.get_input_embeddings().weight
+    ids = (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
+    try:
+        with _undisturbed(builder):
+            builder(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=ids.device)[None])
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return False
+    return True
 
 
 def runnable(builder: PreTrainedModel) -> bool:
@@ -43,7 +56,7 @@ def probe(plan: Plan) -> str | None:
     except NotImplementedError as error:
         return str(error)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        return str(error) if "packattn" in str(error) else None
+        return str(error) if "packattn" in str(error) else f"{FAILS}{type(error).__name__}: {error}"
     if one is None or other is None or one.shape != other.shape or not bool(torch.isfinite(one).all()):
         return None
     # Experts may round differently with other neighbours; a leak is orders larger.

@@ -213,17 +213,13 @@ def _rope_dicts(parameters: object) -> list[dict[str, Any]]:
     return [parameters, *(inner for value in parameters.values() for inner in _rope_dicts(value))]
 
 
-def quiet() -> None:
-    """Leave transformers' warnings about tiny random models out of a command's output."""
-    transformers.logging.set_verbosity_error()
-
-
 def load(what: Path | str) -> PreTrainedModel:
     """A saved model by its folder, or a tiny random one by its model type, in eval mode.
 
     Raises:
         ValueError: neither a folder nor a model type that transformers registers with a head or an encoder.
     """
+    transformers.logging.set_verbosity_error()
     if isinstance(what, Path):
         config = AutoConfig.from_pretrained(what)
         made = getattr(transformers, (config.architectures or [""])[0], AutoModel)

@@ -143,7 +143,8 @@ def verify(
             report.leak[style] = _leak(model, x, other_x, position_ids, spans, extra(ids))
         for style, extra in _STYLES.items():
             if report.leak[style] > 0 and report.first_leak is None:
-                report.first_leak = _first_leak(model, x, other_x, position_ids, spans, extra(ids))
+                found = (_first_leak(model, x, other_x, position_ids, span, extra(ids)) for span in spans)
+                report.first_leak = next((name for name in found if name is not None), None)
         report.gradient_leak = _gradient_leak(model, x, position_ids, spans)
         packed = _outputs_and_gradients(model, [x], [position_ids])
         rows = [x[:, span] for span in spans], [position_ids[:, span] for span in spans]
@@ -193,13 +194,13 @@ def _own(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, list[int]]:
 
 @torch.no_grad()
 def _first_leak(
-    model: nn.Module, x: Tensor, other_x: Tensor, position_ids: Tensor, spans: list[slice], extra: dict[str, Any]
+    model: nn.Module, x: Tensor, other_x: Tensor, position_ids: Tensor, span: slice, extra: dict[str, Any]
 ) -> str | None:
     """The first module, in the order in which they end, that adds a difference outside of the changed sequence."""
     seen: list[tuple[list[Tensor], list[Tensor]]] = []
     found: list[str] = []
     names = {module: name for name, module in model.named_modules()}
-    n, span = x.shape[1], max(spans, key=lambda span: span.stop - span.start)
+    n = x.shape[1]
 
     def per_token(values: Any) -> list[Tensor]:
         values = values if isinstance(values, (tuple, list)) else [values]
