@@ -14,9 +14,9 @@ TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 KINDS = {
     "causal": {
         "spans": "llama gemma3_text gemma4_text gpt_oss gpt2 opt llama4_text phi3 deepseek_v3 qwen2_moe mistral4 gptj",
-        "by sequence": "mamba mamba2 bamba jamba falcon_h1 nemotron_h lfm2 lfm2_moe qwen3_next qwen3_5_text minimax "
+        "by sequence": "mamba mamba2 bamba jamba falcon_h1 nemotron_h lfm2 lfm2_moe qwen3_next qwen3_5_text "
         "recurrent_gemma zamba2 zaya kimi_linear olmo_hybrid granitemoehybrid falcon_mamba",
-        "rows": "falcon bloom mpt gpt_neo bart xglm deepseek_v32 deepseek_v4 mllama inkling_text",
+        "rows": "falcon bloom mpt minimax gpt_neo bart xglm deepseek_v32 deepseek_v4 mllama inkling_text",
     },
     "masked": {"spans": "bert roberta modernbert", "by sequence": "fnet", "rows": "esm mobilebert xlm longformer"},
     "encoder": {"by sequence": ""},

@@ -135,6 +135,7 @@ def test_peft_prompt_learning_is_refused():
 
 def test_accelerate_mixed_precision():
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before
     model, batch = make("llama"), packed_row("llama")
     expected = alone(model, batch)
     packattn.patch(model)

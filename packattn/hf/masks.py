@@ -100,19 +100,24 @@ def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
     )
 
 
-def _ordered(mask: PackedMask, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, **_: Any) -> PackedMask:
+def _ordered(
+    mask: PackedMask, config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.float32, **_: Any
+) -> PackedMask:
     """The mask with the launch order of its GPU tiles for most layers of a model; others ignore an order of theirs.
 
     The order changes no result. A compiler would trace the question for the GPU's kind, so compiled models go without.
     """
-    if torch.compiler.is_compiling() or type(mask.k_start) is not Tensor:
+    if config is None or torch.compiler.is_compiling() or type(mask.k_start) is not Tensor:
         return mask
     device = mask.k_start.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    heads = config.num_attention_heads
-    heads_k = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    try:
+        heads = config.num_attention_heads
+        heads_k = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    except (AttributeError, RuntimeError):  # layers of different shapes: transformers has no one answer
+        return mask
     return schedule(mask, heads_q=heads, heads_k=heads_k, head_dim=head_dim, dtype=dtype)
 
 

@@ -131,6 +131,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "inkling2_loop_text": {"rel_extent": 16, "log_scaling_n_floor": 4},
     "inkling2_text": {"rel_extent": 16, "log_scaling_n_floor": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "state_size": 16, "n_groups": 2, "chunk_size": 8},
     "ministral": {"head_dim": 16},
