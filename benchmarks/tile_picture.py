@@ -47,8 +47,8 @@ def draw(path: Path) -> None:
             )
         axis.axhline(m1, color="#c9c9c9", lw=0.6, zorder=0)
     rows = np.arange(tokens)
-    for ends, shift in ((mask.k_start, 0), (mask.k_end, 0)):
-        axis.step(np.append(ends.numpy(), ends[-1]) + shift, np.append(rows, tokens), color=SEEN, lw=1.1, where="pre")
+    for ends in (mask.k_start, mask.k_end):
+        axis.step(np.append(ends.numpy(), ends[-1]), np.append(rows, tokens), color=SEEN, lw=1.1, where="pre")
     axis.set_xlim(0, tokens)
     axis.set_ylim(tokens, 0)
     axis.set_aspect("equal")

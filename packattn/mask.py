@@ -226,14 +226,20 @@ def _at_least(value: int, least: int, name: str) -> int:
     return value
 
 
+def block_starts(boundaries: Boundaries, index: Tensor, blocks: Tensor) -> Tensor:
+    """Where a run of equal values of `blocks` begins within its sequence: bool (tokens,)."""
+    changes = boundaries.seq_start == index
+    changes[1:] |= blocks[1:] != blocks[:-1]
+    return changes
+
+
 def _block_ends(boundaries: Boundaries, index: Tensor, blocks: Tensor) -> Tensor:
     """One past the last token of each token's bidirectional block, 0 for causal tokens: int32 (tokens,)."""
     if blocks.shape != index.shape or blocks.dtype.is_floating_point:
         raise UnsupportedMaskError(
             f"blocks must be an int tensor of shape ({index.numel()},), got {blocks.dtype} {tuple(blocks.shape)}."
         )
-    changes = boundaries.seq_start == index
-    changes[1:] |= blocks[1:] != blocks[:-1]
+    changes = block_starts(boundaries, index, blocks)
     ends = torch.where(changes, index, index.numel()).roll(-1)
     ends[-1:] = index.numel()
     ends = ends.flip(0).cummin(0).values.flip(0)

@@ -169,11 +169,14 @@ def test_backward_in_another_thread():
     "name",
     [
         "llama",
-        pytest.param(
-            "mistral",
-            marks=pytest.mark.skipif(
-                torch.__version__ < "2.14", reason="the compiler of older torch cannot read the closure of a window"
-            ),
+        *(
+            pytest.param(
+                windowed,
+                marks=pytest.mark.skipif(
+                    torch.__version__ < "2.14", reason="the compiler of older torch cannot read the closure of a window"
+                ),
+            )
+            for windowed in ("mistral", "gemma3")
         ),
     ],
 )

@@ -186,26 +186,6 @@ def test_double_backward_raises():
         torch.autograd.grad(model(**batch).loss, model.get_input_embeddings().weight, create_graph=True)
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.14", reason="the compiler of older torch cannot read the closure of a window"
-)
-def test_law_4_gemma3_compiles_whole_without_recompiling():
-    torch._dynamo.reset()
-    model, graphs = make("gemma3"), []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    with packattn.patch(model), torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend=count)
-        for lengths in ([7, 19, 14], [40], [1] * 40):
-            batch = packed_row("gemma3", lengths)
-            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-            assert_close(compiled(**inputs).logits, model(**inputs).logits)
-    assert len(graphs) == 1
-
-
 def test_a_hybrid_is_isolated_under_torch_compile_and_refuses_fullgraph():
     torch._dynamo.reset()
     model, batch = make("bamba"), packed_row("bamba")

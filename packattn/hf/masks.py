@@ -17,7 +17,7 @@ from packattn.attention import schedule
 from packattn.boundaries import Boundaries, boundaries
 from packattn.errors import UnsupportedMaskError
 from packattn.hf.running import RUNNING
-from packattn.mask import PackedMask
+from packattn.mask import PackedMask, block_starts
 
 
 def carry(position_ids: Tensor, attention_mask: Tensor | None, rows: int) -> Tensor:
@@ -124,9 +124,7 @@ def _ordered(
 def _with_whole_blocks(mask: PackedMask, found: Boundaries, blocks: Tensor) -> PackedMask:
     """Blocks that see all of themselves, also what lies before the window."""
     index = torch.arange(mask.tokens, device=blocks.device, dtype=torch.int32)
-    changes = found.seq_start == index
-    changes[1:] |= blocks[1:] != blocks[:-1]
-    starts = torch.where(changes, index, 0).cummax(0).values
+    starts = torch.where(block_starts(found, index, blocks), index, 0).cummax(0).values
     return PackedMask.from_spans(
         torch.where(blocks >= 0, torch.minimum(mask.k_start, starts), mask.k_start), mask.k_end, mask.tokens_k
     )
