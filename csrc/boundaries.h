@@ -46,7 +46,11 @@ struct Rows {
 
   PACKATTN_HOST_DEVICE bool after_padding(int64_t i) const { return !first_of_row(i) && !real(i - 1); }
 
-  PACKATTN_HOST_DEVICE bool starts(int64_t i) const { return !continues(i) || !real(i) || after_padding(i); }
+  // The first token of a sequence.
+  PACKATTN_HOST_DEVICE bool starts(int64_t i) const { return real(i) && (!continues(i) || after_padding(i)); }
+
+  // The first token of a sequence or of a run of padding.
+  PACKATTN_HOST_DEVICE bool begins(int64_t i) const { return real(i) ? starts(i) : i == 0 || real(i - 1); }
 };
 
 // What the operator returns, tokens elements each but for cu_seqlens (tokens + 1) and summary (4).

@@ -15,8 +15,8 @@ constexpr int kMaxBlocks = 1024;
 struct Aggregate {
   int32_t starts;       // tokens that start a sequence
   int32_t padding;      // padding tokens
-  int32_t first_start;  // the first token that starts one; tokens if none
-  int32_t last_start;   // the last token that starts one; -1 if none
+  int32_t first_begin;  // the first token of a sequence or of a run of padding; tokens if none
+  int32_t last_begin;   // the last of these; -1 if none
   int32_t last_run;     // the last token that does not continue the positions before it; -1 if none
   int32_t last_real;    // the last token that is not padding; -1 if none
 };
@@ -29,8 +29,8 @@ PACKATTN_HOST_DEVICE Aggregate nothing(int32_t tokens) { return {0, 0, tokens, -
 PACKATTN_HOST_DEVICE Aggregate combine(const Aggregate& a, const Aggregate& b) {
   return {a.starts + b.starts,
           a.padding + b.padding,
-          smaller(a.first_start, b.first_start),
-          larger(a.last_start, b.last_start),
+          smaller(a.first_begin, b.first_begin),
+          larger(a.last_begin, b.last_begin),
           larger(a.last_run, b.last_run),
           larger(a.last_real, b.last_real)};
 }
@@ -38,12 +38,10 @@ PACKATTN_HOST_DEVICE Aggregate combine(const Aggregate& a, const Aggregate& b) {
 PACKATTN_HOST_DEVICE Aggregate of_token(const Rows& rows, int32_t i) {
   Aggregate one = nothing(rows.tokens);
   if (i >= rows.tokens) return one;
-  if (rows.starts(i)) {
-    one.starts = 1;
-    one.first_start = one.last_start = i;
-  }
+  if (rows.begins(i)) one.first_begin = one.last_begin = i;
   if (!rows.continues(i)) one.last_run = i;
   if (rows.real(i)) {
+    one.starts = rows.starts(i);
     one.last_real = i;
   } else {
     one.padding = 1;
@@ -118,25 +116,26 @@ __global__ void boundaries_scan(Rows rows, int32_t chunk, const Aggregate* aggre
     // What the thread before this one knows: all tokens before i.
     const int32_t real_before = t == 0 ? before.last_real : larger(before.last_real, shared[t - 1].last_real);
     if (i < end) {
-      found.seq_start[i] = upto.last_start;
-      if (mine.starts) found.cu_seqlens[upto.starts - 1] = i;
+      found.seq_start[i] = upto.last_begin;
+      if (mine.padding) found.seq_end[i] = upto.last_begin;
+      if (mine.starts) found.cu_seqlens[upto.starts - 1] = i - upto.padding;
       holes += mine.last_real == i && rows.after_padding(i) && real_before >= upto.last_run;
     }
     before = combine(before, shared[kThreads - 1]);
     __syncthreads();
   }
 
-  int32_t longest = 0, next = after.first_start;
+  int32_t longest = 0, next = after.first_begin;
   for (int32_t tile = begin + (end - 1 - begin) / kThreads * kThreads; tile >= begin; tile -= kThreads) {
     const int32_t i = tile + t;
     const Aggregate mine = i < end ? of_token(rows, i) : nothing(tokens);
     block_scan(mine, shared, true);
-    const int32_t following = t + 1 < kThreads ? smaller(next, shared[t + 1].first_start) : next;
+    const int32_t following = t + 1 < kThreads ? smaller(next, shared[t + 1].first_begin) : next;
     if (i < end) {
-      found.seq_end[i] = following;
+      if (!mine.padding) found.seq_end[i] = following;
       if (mine.starts) longest = larger(longest, following - i);
     }
-    next = smaller(next, shared[0].first_start);
+    next = smaller(next, shared[0].first_begin);
     __syncthreads();
   }
 
@@ -147,7 +146,7 @@ __global__ void boundaries_scan(Rows rows, int32_t chunk, const Aggregate* aggre
     found.summary[3] = all.padding;
   }
   for (int64_t slot = static_cast<int64_t>(begin) + t; slot < static_cast<int64_t>(end) + (end == tokens); slot += kThreads) {
-    if (slot >= all.starts) found.cu_seqlens[slot] = tokens;
+    if (slot >= all.starts) found.cu_seqlens[slot] = tokens - all.padding;
   }
 }
 

@@ -43,7 +43,7 @@ class _Scores:
         # Queries [heads_k, group * tokens, head_dim] against keys [heads_k, keys, head_dim].
         self.q = self.rows_by_head(q[rows].to(dtype), heads_k)
         self.k = k[keys].to(dtype).transpose(0, 1)
-        raw = (self.q @ self.k.transpose(1, 2) * softmax_scale).view(heads, tokens, -1)
+        raw = (self.q @ self.k.transpose(1, 2) * softmax_scale).view(heads, tokens, self.k.shape[1])
         self.slope: Tensor | float = 1.0
         if softcap > 0:
             capped = torch.tanh(raw / softcap)
@@ -70,7 +70,8 @@ class _Scores:
 
     def stack(self, x: Tensor) -> Tensor:
         """[heads_q, tokens, keys] to [heads_k, group * tokens, keys]."""
-        return x.reshape(self.k.shape[0], -1, x.shape[2])
+        heads_k = self.k.shape[0]
+        return x.reshape(heads_k, x.shape[0] // heads_k * x.shape[1], x.shape[2])
 
 
 def _blocks(k_start: Tensor, k_end: Tensor, tokens_k: int) -> Iterator[tuple[slice, slice]]:

@@ -1,7 +1,7 @@
 """Where packed sequences begin and end: the one home of the boundary rule.
 
 A token begins a sequence when it is the first of its row or its position is not the previous position + 1. A token
-whose attention_mask is 0 is padding: a one-token sequence of its own, after which a new sequence begins.
+whose attention_mask is 0 is padding: it belongs to no sequence, and after it a new one begins.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,12 @@ class Boundaries(NamedTuple):
     Rows are flattened: token `col` of row `row` is element `row * n + col` of the stream.
 
     Attributes:
-        seq_start: int32 (tokens,), the first token of each token's sequence.
-        seq_end: int32 (tokens,), one past the last token of each token's sequence.
-        cu_seqlens: int32 (tokens + 1,), the sequence starts in order, the tail filled with `tokens`.
+        seq_start: int32 (tokens,), the first token of each token's sequence; of padding, of its run of padding.
+        seq_end: int32 (tokens,), one past the last token of each token's sequence; of padding its seq_start, so that
+            it sees nothing.
+        cu_seqlens: int32 (tokens + 1,), cumulative lengths of the sequences, the tail filled with their sum. They count
+            the tokens that are not padding, as kernels of the flash-attn kind take them after unpadding; without
+            padding they are where the sequences begin.
         summary: int32 (4,), number of sequences, longest length, number of holes, number of padding tokens.
     """
 
@@ -35,7 +38,7 @@ class Boundaries(NamedTuple):
 
     @property
     def num_seqs(self) -> Tensor:
-        """Number of sequences, each padding token one of its own: int32 ()."""
+        """Number of sequences: int32 ()."""
         return self.summary[0]
 
     @property
@@ -84,7 +87,7 @@ class Boundaries(NamedTuple):
         else:
             index = torch.searchsorted(cu_seqlens[1:].contiguous(), position_of, right=True)
             starts, ends = cu_seqlens[index], cu_seqlens[index + 1]
-        return cls(*_from_spans(starts.int(), ends.int(), holes=None, padding=None))
+        return cls(*_from_spans(starts.int(), ends.int()))
 
 
 def boundaries(position_ids: Tensor, attention_mask: Tensor | None = None) -> Boundaries:
@@ -171,17 +174,16 @@ def boundaries_torch(position_ids: Tensor, attention_mask: Tensor | None) -> tup
     jumps[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     index = torch.arange(rows * n, device=position_ids.device, dtype=torch.int32)
     if attention_mask is None:
-        return _from_spans(*_runs(jumps.flatten(), index), holes=None, padding=None)
-    real = attention_mask != 0
-    after_padding = torch.zeros_like(real)
-    after_padding[:, 1:] = ~real[:, :-1]
-    starts = (jumps | ~real | after_padding).flatten()
+        return _from_spans(*_runs(jumps.flatten(), index))
+    real = (attention_mask != 0).flatten()
+    before = torch.cat([~real[:1], real[:-1]])  # whether the token before is real; the first token always changes it
+    begin, end = _runs((jumps.flatten() & real) | (real != before), index)
     # A hole: the first real token after padding whose run of positions holds an earlier real token.
     run_start, _ = _runs(jumps.flatten(), index)
-    last_real = torch.where(real.flatten(), index, -1).cummax(0).values
+    last_real = torch.where(real, index, -1).cummax(0).values
     earlier = torch.cat([last_real.new_full((1,), -1), last_real[:-1]])
-    holes = (real & after_padding).flatten() & (earlier >= run_start)
-    return _from_spans(*_runs(starts, index), holes=holes, padding=~real)
+    holes = (real & ~before & (earlier >= run_start)).sum(dtype=torch.int32)
+    return _from_spans(begin, torch.where(real, end, begin), holes)
 
 
 def _runs(starts: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,23 +194,23 @@ def _runs(starts: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return begin, following.flip(0).cummin(0).values.flip(0)
 
 
-def _from_spans(
-    begin: Tensor, end: Tensor, *, holes: Tensor | None, padding: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _from_spans(begin: Tensor, end: Tensor, holes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = begin.numel()
     index = torch.arange(tokens, device=begin.device, dtype=torch.int32)
-    starts = begin == index
-    cu_seqlens = torch.full((tokens + 1,), tokens, dtype=torch.int32, device=begin.device)
+    real = end > begin
+    starts = (begin == index) & real
+    zero = torch.zeros(1, dtype=torch.int32, device=begin.device)
+    before = torch.cat([zero, real.cumsum(0, dtype=torch.int32)])  # real tokens before each, and in all
     # Tokens that start nothing are scattered into the last slot with the value that it holds anyway.
+    cu_seqlens = before[-1].repeat(tokens + 1)
     slot = torch.where(starts, starts.cumsum(0) - 1, tokens)
-    cu_seqlens.scatter_(0, slot, torch.where(starts, index, tokens))
-    zero = torch.zeros((), dtype=torch.int32, device=begin.device)
+    cu_seqlens.scatter_(0, slot, torch.where(starts, before[:-1], before[-1]))
     summary = torch.stack(
         [
             starts.sum(dtype=torch.int32),
-            (end - begin).amax() if tokens else zero,
-            zero if holes is None else holes.sum(dtype=torch.int32),
-            zero if padding is None else padding.sum(dtype=torch.int32),
+            (end - begin).amax() if tokens else zero[0],
+            zero[0] if holes is None else holes,
+            tokens - before[-1],
         ]
     )
     return begin, end, cu_seqlens, summary

@@ -114,12 +114,12 @@ def pool(
     found = boundaries(position_ids, attention_mask)
     flat = hidden_states.flatten(0, 1)
     index = torch.arange(flat.shape[0], device=flat.device)
-    real = None if attention_mask is None else attention_mask.flatten() != 0
+    real = found.seq_end > found.seq_start
     if how == "mean":
         sums = torch.zeros_like(flat, dtype=torch.float32).index_add(0, found.seq_start.long(), flat.float())
-        flat = (sums / (found.seq_end - found.seq_start)[:, None]).to(flat.dtype)
+        flat = (sums / (found.seq_end - found.seq_start).clamp(min=1)[:, None]).to(flat.dtype)
     chosen = found.seq_end - 1 == index if how == "last" else found.seq_start == index
-    return flat[chosen if real is None else chosen & real]
+    return flat[chosen & real]
 
 
 def _add_up(values: Tensor, found: Boundaries) -> Tensor:

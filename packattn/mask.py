@@ -20,6 +20,7 @@ class PackedMask(NamedTuple):
 
     Because they never decrease, the transpose is a span too: key j is seen by the queries
     `q_start[j] <= i < q_end[j]`. These four vectors are all that the kernels know of sequences, causality and windows.
+    Padding sees nothing and is seen by nothing; its output is 0.
 
     Attributes:
         k_start, k_end: int32 (tokens,), contiguous.
@@ -63,7 +64,7 @@ class PackedMask(NamedTuple):
             start = torch.maximum(start, index - (_at_least(window, 1, "window") - 1))
         if blocks is not None:
             end = torch.maximum(end, _block_ends(found, index, blocks))
-        return cls._transposed(start, end, index.numel())
+        return cls._within(found, start, end)
 
     @classmethod
     def bidirectional(
@@ -86,7 +87,7 @@ class PackedMask(NamedTuple):
         if window is not None:
             _at_least(window, 0, "window")
             start, end = torch.maximum(start, index - window), torch.minimum(end, index + window + 1)
-        return cls._transposed(start, end, index.numel())
+        return cls._within(found, start, end)
 
     @classmethod
     def chunked(cls, boundaries: Boundaries, chunk_size: int, position_ids: Tensor) -> "PackedMask":
@@ -102,7 +103,7 @@ class PackedMask(NamedTuple):
                 f"{tuple(position_ids.shape)}."
             )
         inside = position_ids.reshape(-1) % _at_least(chunk_size, 1, "chunk_size")
-        return cls._transposed(torch.maximum(boundaries.seq_start, index - inside.int()), index + 1, index.numel())
+        return cls._within(boundaries, torch.maximum(boundaries.seq_start, index - inside.int()), index + 1)
 
     @classmethod
     def from_spans(cls, k_start: Tensor, k_end: Tensor, tokens_k: int) -> "PackedMask":
@@ -128,6 +129,12 @@ class PackedMask(NamedTuple):
         )
         torch._assert_async(valid, f"spans must satisfy 0 <= k_start <= k_end <= {tokens_k} and never decrease.")
         return cls._transposed(k_start.contiguous(), k_end.contiguous(), tokens_k)
+
+    @classmethod
+    def _within(cls, found: Boundaries, k_start: Tensor, k_end: Tensor) -> "PackedMask":
+        """Spans that hold their own token, except for padding, whose sequence is empty."""
+        k_end = torch.minimum(k_end, found.seq_end)
+        return cls._transposed(torch.minimum(k_start, k_end), k_end, k_end.numel())
 
     @classmethod
     def _transposed(cls, k_start: Tensor, k_end: Tensor, tokens_k: int) -> "PackedMask":

@@ -69,13 +69,21 @@ def _prefix(found: Boundaries, size: int) -> PackedMask:
     return PackedMask.causal(found, blocks=torch.where(index - found.seq_start < size, 0, -1))
 
 
-# What `window` means to each: tokens visible, distance visible, chunk, tokens of an image, tokens of a prefix.
+def _padded(found: Boundaries, size: int) -> PackedMask:
+    """The last `size` tokens of the first sequence and of the stream are padding."""
+    index = torch.arange(found.seq_start.numel(), dtype=torch.int32)
+    real = (found.seq_end - index > size) | ((found.seq_start > 0) & (found.seq_end < len(index)))
+    return PackedMask.causal(boundaries(index - found.seq_start, real))
+
+
+# What `window` means to each: tokens visible, distance visible, chunk, tokens of an image, of a prefix, of padding.
 _MASKS: dict[str, Callable[[Boundaries, Any], PackedMask]] = {
     "causal": lambda found, size: PackedMask.causal(found, window=size),
     "bidirectional": lambda found, size: PackedMask.bidirectional(found, window=size),
     "chunked": _chunked,
     "images": _images,
     "prefix": _prefix,
+    "padded": _padded,
 }
 
 
@@ -173,6 +181,7 @@ CASES = [
     Case("chunks", [100, 3, 70], mask="chunked", window=32),
     Case("image blocks", [100, 30, 70], mask="images", window=20),
     Case("prefixes", [100, 30, 7], mask="prefix", window=24),
+    Case("padding", [100, 30, 170], mask="padded", window=70),
     Case("softcap", [50, 70], softcap=2.0),
     Case("sinks", [50, 70], sinks=True, heads_q=4),
     Case("softcap, sinks, window", [100, 70], softcap=5.0, sinks=True, window=30),

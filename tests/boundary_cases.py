@@ -1,5 +1,7 @@
 """Rows of position ids for the tests of the boundary rule, and the rule as a plain loop."""
 
+from itertools import accumulate
+
 import torch
 
 
@@ -11,11 +13,15 @@ def obvious(position_ids, attention_mask=None):
     real = [True] * tokens if attention_mask is None else [bool(x) for x in attention_mask.flatten().tolist()]
     wrap = 2 ** (8 * position_ids.element_size())
     goes_on = [i % n > 0 and (positions[i] - positions[i - 1] - 1) % wrap == 0 for i in range(tokens)]
-    starts = [i for i in range(tokens) if not goes_on[i] or not real[i] or not real[i - 1]]
-    seq_start, seq_end = [0] * tokens, [0] * tokens
-    for begin, end in zip(starts, [*starts[1:], tokens], strict=True):
-        for i in range(begin, end):
-            seq_start[i], seq_end[i] = begin, end
+    seq_start, seq_end, lengths = [], [], []
+    i = 0
+    while i < tokens:
+        begin = i
+        while i == begin or (i < tokens and real[i] == real[begin] and (goes_on[i] or not real[i])):
+            i += 1
+        seq_start += [begin] * (i - begin)
+        seq_end += [i if real[begin] else begin] * (i - begin)
+        lengths += [i - begin] * real[begin]
     holes = 0
     for i in range(tokens):
         if i % n and real[i] and not real[i - 1]:
@@ -23,9 +29,9 @@ def obvious(position_ids, attention_mask=None):
             while goes_on[run]:
                 run -= 1
             holes += any(real[run:i])
-    longest = max((e - b for b, e in zip(seq_start, seq_end, strict=True)), default=0)
-    cu_seqlens = starts + [tokens] * (tokens + 1 - len(starts))
-    summary = [len(starts), longest, holes, real.count(False)]
+    cu_seqlens = list(accumulate(lengths, initial=0))
+    cu_seqlens += cu_seqlens[-1:] * (tokens + 1 - len(cu_seqlens))
+    summary = [len(lengths), max(lengths, default=0), holes, real.count(False)]
     return [torch.tensor(x, dtype=torch.int32) for x in (seq_start, seq_end, cu_seqlens, summary)]
 
 

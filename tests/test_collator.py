@@ -151,28 +151,28 @@ def test_the_extra_fields_are_those_of_transformers():
         assert not isinstance(values, torch.Tensor) or values.dtype == found[name].dtype, name
 
 
-def test_the_dead_segment_adds_no_pair_of_tiles_and_no_sequence_among_the_real_ones():
+def test_the_dead_segment_costs_no_attention_tile_and_is_no_sequence():
     collate = PackingCollator(pad_to=4096)
     batch = collate([{"input_ids": list(range(1, n))} for n in (300, 50, 700)])
-    real = int(batch["attention_mask"].sum())
-    for position_ids, attention_mask in [
-        (batch["position_ids"], batch["attention_mask"]),
-        (batch["position_ids"], None),  # a mask that is lost on the way changes nothing
-    ]:
-        found = packattn.boundaries(position_ids, attention_mask)
-        mask = packattn.PackedMask.causal(found)
-        alone = packattn.PackedMask.causal(lengths=[299, 49, 699])
-        for name in ("k_start", "k_end", "q_start", "q_end"):
-            assert torch.equal(getattr(mask, name)[:real], getattr(alone, name)), name
-        dead = torch.arange(real, 4096)
-        assert torch.equal(mask.k_start[real:], dead.int())
-        assert torch.equal(mask.k_end[real:], dead.int() + 1)
-        for block in (64, 128):  # a tile of dead tokens visits the keys of its own tile and no others
-            first = torch.arange(-(-real // block) * block, 4096, block)
-            assert torch.equal(mask.k_start[first], first.int())
-            assert torch.equal(mask.k_end[first + block - 1], (first + block).int())
+    real, alone = int(batch["attention_mask"].sum()), packattn.PackedMask.causal(lengths=[299, 49, 699])
+
     found = packattn.boundaries(batch["position_ids"], batch["attention_mask"])
-    assert int(found.num_seqs - found.summary[3]) == 3
+    assert found.exact_cu_seqlens().tolist() == [0, 299, 348, real]
+    assert found.max_seqlen == 699
+    mask = packattn.PackedMask.causal(found)
+    for start, end in ((mask.k_start, mask.k_end), (mask.q_start, mask.q_end)):
+        for block in (64, 128):  # what a tile of dead tokens has to visit
+            first = torch.arange(-(-real // block) * block, 4096, block)
+            assert (start[first] >= end[first + block - 1]).all()
+            edge = real // block * block  # what the tile at the seam has to visit: nothing beyond the real tokens
+            assert end[edge + block - 1] in (real, 4096)
+
+    # A mask that is lost on the way changes nothing: each dead token is a sequence of its own then.
+    lost = packattn.PackedMask.causal(packattn.boundaries(batch["position_ids"]))
+    for name in ("k_start", "k_end", "q_start", "q_end"):
+        assert torch.equal(getattr(lost, name)[:real], getattr(alone, name)), name
+        assert name == "q_end" or torch.equal(getattr(mask, name)[:real], getattr(alone, name)), name
+    assert torch.equal(lost.k_end[real:], torch.arange(real, 4096).int() + 1)
 
 
 def test_static_rows_change_neither_loss_nor_gradient_and_compile_once():

@@ -76,14 +76,31 @@ def test_every_source_gives_the_same_mask():
         assert torch.equal(one, other)
 
 
-def test_padding_sees_itself_only():
+@pytest.mark.parametrize(
+    "make",
+    [
+        PackedMask.causal,
+        lambda found: PackedMask.causal(found, window=2),
+        lambda found: PackedMask.causal(found, blocks=torch.tensor([-1, 3, 3, 3, 3, 3, 3, -1, 3, 3])),
+        PackedMask.bidirectional,
+        lambda found: PackedMask.bidirectional(found, window=1),
+        lambda found: PackedMask.chunked(found, 2, torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])),
+    ],
+    ids=["causal", "window", "blocks", "bidirectional", "both windows", "chunked"],
+)
+def test_padding_sees_nothing_and_is_seen_by_nothing(make):
     position_ids = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
     attention_mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
-    dense = PackedMask.bidirectional(packattn.boundaries(position_ids, attention_mask)).to_dense()
-    real = attention_mask.flatten().bool()
-    assert torch.equal(dense[~real], torch.eye(10, dtype=torch.bool)[~real])
-    assert torch.equal(dense[:, ~real], torch.eye(10, dtype=torch.bool)[:, ~real])
-    assert dense[7:10, 7:10].all()
+    mask = make(packattn.boundaries(position_ids, attention_mask))
+    dense, real = mask.to_dense(), attention_mask.flatten().bool()
+    assert not dense[~real].any()
+    assert not dense[:, ~real].any()
+    assert dense.diagonal()[real].all()
+    for ends in (mask.k_start, mask.k_end, mask.q_start, mask.q_end):
+        assert (ends.diff() >= 0).all()
+    # All of a run alike, so that a tile of it has no key to visit.
+    assert mask.k_start[3:7].tolist() == mask.k_end[3:7].tolist() == [3] * 4
+    assert mask.q_start[3:7].tolist() == mask.q_end[3:7].tolist() == [7] * 4
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ CASES = [
     Case("softcap, sinks, window", [40, 20], softcap=5.0, sinks=True, window=30),
     Case("softcap, alibi", [40, 20], softcap=5.0, alibi=True, head_dim=64),
     Case("sinks", [40, 20], sinks=True, heads_q=4, head_dim=64),
+    Case("padding", [100, 30, 170], mask="padded", window=70),
     Case("empty spans", [], spans=([0, 0, 0, 2, 2, 5, 9], [0, 2, 2, 2, 7, 7, 9], 9)),
     Case("empty spans with sinks", [], spans=([0, 0, 4], [0, 2, 4], 9), sinks=True),
     Case("empty spans, head dim 128", [], spans=([0, 0, 4, 4], [0, 2, 4, 9], 9), head_dim=128),

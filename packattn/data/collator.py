@@ -23,8 +23,7 @@ class PackingCollator:
 
     Rows of one static size (for compiled graphs, or kernels that are tuned by shape) come from `pad_to` or
     `pad_to_multiple_of`: the row ends in one dead segment, whose tokens have an attention_mask of 0, the first
-    position and no label. Each sees itself only, with the mask or without it, so the segment adds no work between
-    tiles, whatever its size.
+    position and no label. They see nothing and are no sequence, so the segment costs no attention, whatever its size.
 
     Args:
         start_position: position of each example's first token: 0, or 2 for models of the RoBERTa family.
@@ -32,7 +31,8 @@ class PackingCollator:
         pad_to_multiple_of: the tokens of a row are rounded up to a multiple of this.
         pad_token_id: what the dead segment is made of; any token of the vocabulary.
         return_flash_attn_kwargs: also give cu_seq_lens_q and cu_seq_lens_k, int32 (sequences + 1,), and max_length_q
-            and max_length_k, ints, for kernels of the flash-attn kind; to them a dead segment is a last sequence.
+            and max_length_k, ints, for kernels of the flash-attn kind. To them, and to seq_idx, a dead segment is a
+            last sequence, since they leave the output of a token that is in none unwritten.
         return_seq_idx: also give seq_idx, int32 (1, tokens), the number of each token's sequence, for Mamba kernels.
 
     >>> batch = PackingCollator()([{"input_ids": [11, 12, 13]}, {"input_ids": [21, 22]}])

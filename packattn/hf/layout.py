@@ -38,9 +38,7 @@ class Layout:
         starts = torch.unique_consecutive(found.seq_start)
         ends = found.seq_end[starts.long()]
         pairs = torch.stack([starts, ends - starts])
-        if real is not None:
-            pairs = pairs[:, real.flatten()[starts.long()] != 0]
-        begin, lengths = pairs.tolist()
+        begin, lengths = pairs[:, ends > starts].tolist()
         return cls(begin, lengths, rows, n, position_ids.device)
 
     @property
