@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -226,11 +227,13 @@ def pack_arguments(source, out, tokenizer):
     )
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_run_that_is_ended_goes_on_and_makes_the_same(tmp_path, tokenizer, ending):
     source, out = big(tmp_path), tmp_path / "out"
     stage = "*.parquet" if ending == signal.SIGKILL else "tokens/*.arrow"
-    run_ = start(*pack_arguments(source, out, tokenizer))
+    # A shell starts what it runs in the background with SIGINT ignored, and so may have started these tests.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    run_ = start(*pack_arguments(source, out, tokenizer), preexec_fn=heard)
     deadline = time.monotonic() + 120
     while len(list(Path(f"{out}.partial").glob(stage))) < 2 and run_.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)

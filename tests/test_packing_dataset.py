@@ -115,6 +115,35 @@ def test_rows_are_a_function_for_map_on_any_machine(tmp_path):
     assert found.features["input_ids"].feature.dtype == "int32"
 
 
+@pytest.fixture
+def ray_cluster():
+    """Ray on two nodes of this machine."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_rows_are_a_function_for_ray_data(tmp_path, ray_cluster):
+    examples = make(100)
+    datasets.Dataset.from_list(examples).save_to_disk(tmp_path / "data")
+    plan = packattn.pack([len(e["input_ids"]) for e in examples], CAPACITY)
+    plan.save(tmp_path / "plan.pt")
+    rows = PackRows(partial(datasets.load_from_disk, str(tmp_path / "data")), tmp_path / "plan.pt")
+    assert len(ray_cluster.nodes()) == 2
+    bins = ray_cluster.data.range(len(plan), override_num_blocks=4)
+    bins.map_batches(rows, batch_size=3).write_parquet(str(tmp_path / "rows"))
+    found = datasets.load_dataset("parquet", data_files=str(tmp_path / "rows" / "*.parquet"), split="train")
+    assert len(found) == len(plan)
+    assert sorted(examples_of(found)) == tokens_of(examples)
+
+
 def test_packed_rows_train_through_the_collator_and_several_make_one():
     packed = pack_dataset(make(), CAPACITY, progress=False)
     loader = DataLoader(packed, batch_size=2, collate_fn=PackingCollator(pad_to=2 * CAPACITY))

@@ -191,7 +191,6 @@ def _planned(partial: Path, examples: Any, capacity: int, options: dict[str, Any
 
 def _write_rows(partial: Path, examples: Any, plan: PackingPlan, shard_rows: int, progress: bool) -> None:
     """Write the Parquet files that are not there yet."""
-    import pyarrow as pa
     import pyarrow.parquet
 
     rows = PackRows(examples.select_columns(["input_ids", "labels"]), plan)
@@ -199,5 +198,5 @@ def _write_rows(partial: Path, examples: Any, plan: PackingPlan, shard_rows: int
     for at, start in enumerate(shown(starts, len(starts), "packing rows, files", progress)):
         target = partial / f"train-{at:05}-of-{len(starts):05}.parquet"
         if not target.exists():
-            table = pa.table(rows({"bin": range(start, min(start + shard_rows, len(plan)))}))
+            table = rows({"bin": range(start, min(start + shard_rows, len(plan)))})
             write_whole(target, lambda path, t=table: pyarrow.parquet.write_table(t, path))  # type: ignore[misc]

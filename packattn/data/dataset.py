@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from packattn.data.collator import PackingCollator
 from packattn.data.packing import Method, Overlong, PackingPlan, Piece, pack
 from packattn.data.stream import PackedStream
 from packattn.data.values import lengths_tensor
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _PLAIN = PackingCollator()
 
@@ -107,8 +110,10 @@ class PackRows:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """The packed rows of the bins in the one column of `batch`: columns of arrays, integers as int32."""
+    def __call__(self, batch: Mapping[str, Any]) -> "pyarrow.Table":
+        """The packed rows of the bins in the one column of `batch`: columns of lists, integers as int32."""
+        import pyarrow
+
         (bins,) = batch.values()
         if self._opened is None:
             plan = self.plan if isinstance(self.plan, PackingPlan) else PackingPlan.load(self.plan)
@@ -116,7 +121,8 @@ class PackRows:
         dataset, plan = self._opened
         with _one_thread():
             rows = pack_rows(dataset, plan, [int(bin_) for bin_ in bins], self.collator)
-        return {name: [_narrow(row[name]).numpy() for row in rows] for name in rows[0]}
+        # As a table, since Ray would make of arrays a type of its own, which nothing else reads.
+        return pyarrow.table({name: pyarrow.array([_narrow(row[name]).numpy() for row in rows]) for name in rows[0]})
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
