@@ -146,8 +146,8 @@ auto by_dtype(const Tensor& q, F function) {
   switch (q.scalar_type()) {
     case ScalarType::Float: return function(float{});
     case ScalarType::BFloat16: return function(BFloat16{});
-#ifdef __FLT16_MANT_DIG__
-    case ScalarType::Half: return function(_Float16{});
+#if PACKATTN_FLOAT16
+    case ScalarType::Half: return function(Float16{});
 #endif
     default: STD_TORCH_CHECK(false, "q must be float32, bfloat16 or float16");
   }

@@ -19,6 +19,17 @@
 
 namespace packattn {
 
+// Half precision as the compiler has it; g++ for ARM knew no _Float16 before version 13.
+#if defined(__aarch64__)
+#define PACKATTN_FLOAT16 1
+typedef __fp16 Float16;
+#elif defined(__FLT16_MANT_DIG__)
+#define PACKATTN_FLOAT16 1
+typedef _Float16 Float16;
+#else
+#define PACKATTN_FLOAT16 0
+#endif
+
 struct BFloat16 {
   uint16_t bits;
   operator float() const {

@@ -13,6 +13,6 @@ template Kernels<BFloat16> kernels<BFloat16>();
 #if !PACKATTN_PAIRS
 template Kernels<float> kernels<float>();
 #endif
-#if !PACKATTN_PAIRS && defined(__FLT16_MANT_DIG__)
-template Kernels<_Float16> kernels<_Float16>();
+#if !PACKATTN_PAIRS && PACKATTN_FLOAT16
+template Kernels<Float16> kernels<Float16>();
 #endif

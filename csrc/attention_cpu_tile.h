@@ -24,9 +24,9 @@ inline void store_row(const float* from, int64_t dim, float factor, float* to) {
 inline void store_row(const float* from, int64_t dim, float factor, BFloat16* to) {
   for (int64_t d = 0; d < dim; ++d) to[d] = BFloat16::rounded(from[d] * factor);
 }
-#ifdef __FLT16_MANT_DIG__
-inline void store_row(const float* from, int64_t dim, float factor, _Float16* to) {
-  for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<_Float16>(from[d] * factor);
+#if PACKATTN_FLOAT16
+inline void store_row(const float* from, int64_t dim, float factor, Float16* to) {
+  for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<Float16>(from[d] * factor);
 }
 #endif
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -156,6 +157,62 @@ def test_law_5_any_number_of_threads_gives_the_same_bits(case, dropout_p, thread
             found = run(on(name, dropout_p, seed), case, dtype, "cpu")
             for key, value in expected.items():
                 assert torch.equal(found[key], value), f"{key} in {dtype} with {count} threads"
+
+
+def own_threads():
+    """Threads of this process that Python did not start."""
+    return len(list(Path("/proc/self/task").iterdir())) - threading.active_count()
+
+
+class Attending(torch.utils.data.Dataset):
+    """Attention where the examples of a DataLoader are made: out, dq, and the threads that it took."""
+
+    def __init__(self, case):
+        self.case = case
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        torch.ones(1, requires_grad=True).backward()  # autograd has a thread of its own
+        before = own_threads()
+        found = run(packattn.packed_attention_with_lse, self.case, torch.float32, "cpu", seed=index)
+        return found["out"], found["dq"], own_threads() - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_data_loader_worker_starts_no_threads(threads):
+    case = Case("several units", [700, 300, 500], heads_q=4, heads_k=2, head_dim=32)
+    threads(4)
+    expected = [run(packattn.packed_attention_with_lse, case, torch.float32, "cpu", seed=i) for i in range(4)]
+    assert own_threads() >= 3  # here it runs on four
+    loader = torch.utils.data.DataLoader(Attending(case), batch_size=None, num_workers=2, timeout=60)
+    for found, (out, dq, started) in zip(expected, loader, strict=True):
+        assert torch.equal(out, found["out"])
+        assert torch.equal(dq, found["dq"])
+        assert started == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_backward_pass_in_another_thread_takes_no_more_threads_than_torch_has(threads):
+    threads(3)
+    case = Case("several units", [700, 300, 500], heads_q=4, heads_k=2, head_dim=32)
+    expected = run(packattn.packed_attention_with_lse, case, torch.float32, "cpu")
+    found, most = [], []
+
+    def work():
+        before = own_threads()
+        found.append(run(packattn.packed_attention_with_lse, case, torch.float32, "cpu"))
+        most.append(own_threads() - before)
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert max(most) <= 2  # beside the one that calls
+    for result in found:
+        for name, value in expected.items():
+            assert torch.equal(result[name], value), name
 
 
 MEMORY = """
