@@ -51,6 +51,11 @@ def _enter(
     before = RUNNING.get()
     if before is SUSPENDED or (before is not None and before.plan is hook.plan and module not in hook.plan.entries):
         return None
+    if getattr(module, "_is_replica", False):
+        raise NotImplementedError(
+            "nn.DataParallel on several devices copies the layers in every call, which packattn's hooks do not follow. "
+            "Use DistributedDataParallel."
+        )
     arguments = dict(zip(hook.names, args, strict=False)) | kwargs
     running = Running(plan=hook.plan, owner=module, before=before)
     RUNNING.set(running)

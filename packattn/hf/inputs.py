@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packattn.mask import PackedMask
@@ -70,6 +71,12 @@ def first_or_later(position_ids: Tensor, attention_mask: Any, first: int) -> Non
 
 def check(tokens: Tensor, position_ids: Any, attention_mask: Any, arguments: dict[str, Any]) -> None:
     """Raise on anything that packattn would have to guess about."""
+    sdpa = F.scaled_dot_product_attention  # replaced while such a split lasts
+    if not torch.compiler.is_compiling() and sdpa.__module__.startswith("torch.distributed"):
+        raise NotImplementedError(
+            "a row split over ranks (context parallel) is not supported by packattn, whose ranks each hold whole "
+            "sequences. Split the examples over the ranks instead: packattn.BalancedPackingSampler."
+        )
     rows, n = tokens.shape[:2]
     if rows == 0 or n == 0:
         raise ValueError(f"input_ids must hold at least one row of at least one token, got shape {(rows, n)}.")

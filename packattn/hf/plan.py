@@ -12,10 +12,12 @@ import inspect
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -180,12 +182,25 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
             reasons.append(f"{name} attends across two sequences (encoder-decoder)")
         if "dynamic" in _rope_types(getattr(config, "rope_parameters", None)):
             reasons.append(f"{name} has a rotary embedding of type dynamic, which depends on what was run before")
+        if _is_foreign(config._attn_implementation):
+            reasons.append(
+                f"{name} attends by {config._attn_implementation!r}, which another library registered and packattn "
+                "would replace; load the model with attn_implementation='sdpa'"
+            )
     for module in model.modules():
         peft = getattr(module, "active_peft_config", None)
         if getattr(peft, "is_prompt_learning", False):
             reasons.append("PEFT prompt learning puts virtual tokens before the row and drops position_ids")
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             reasons.append("nn.DataParallel on several devices; use DistributedDataParallel")
+    for kind in dict.fromkeys(type(module) for module in model.modules() if "Attention" in type(module).__name__):
+        owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+        home = vars(owner)["forward"].__module__
+        if home != owner.__module__:
+            reasons.append(
+                f"the forward of {owner.__name__} comes from {home}: another library replaced the model's attention; "
+                "load the model without it"
+            )
     holds = {id(b): {id(m) for m in b.modules() if m is not b} for _, b in plan.builders}
     innermost = [(name, b) for name, b in plan.builders if not any(id(o) in holds[id(b)] for _, o in plan.builders)]
     if not innermost:
@@ -196,6 +211,14 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
     if len(plan.entries) > 1:
         reasons.append("it holds several transformers models; patch each of them")
     return list(dict.fromkeys(reasons))
+
+
+def _is_foreign(implementation: str | None) -> bool:
+    """Whether an attention function is neither transformers' nor packattn's."""
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    while isinstance(function, partial):  # kernels of the hub
+        function = function.func
+    return function is not None and function.__module__.partition(".")[0] not in ("transformers", "packattn")
 
 
 def _reasons_for_rows(plan: Plan) -> list[str]:

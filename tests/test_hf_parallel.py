@@ -1,0 +1,142 @@
+"""A patched model split over devices and processes: tensor parallel works, what would mix rows or ranks is refused."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing
+from tiny_models import alone, make, packed_row
+from torch import nn
+
+import packattn
+
+
+def assert_close(one, other):
+    torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-4)
+
+
+def _on_rank(rank, world, port, work, arguments, queue):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    try:
+        found = work(*arguments)
+        if rank == 0:
+            queue.put(found)
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def on_ranks(world, work, *arguments):
+    """What work(*arguments) returns on the first of `world` gloo processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_on_rank, args=(rank, world, port, work, arguments, queue)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    found = queue.get(timeout=300)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return found
+
+
+def _tensor_parallel(folder, name):
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    split = DistributedConfig(tp_size=torch.distributed.get_world_size(), tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=split)
+    patch = packattn.patch(model)
+    assert patch.how == "spans"
+    batch = packed_row(name)
+    result = model(**batch)
+    result.loss.backward()
+    # One that every rank holds whole, and one that is split.
+    gradients = [layer.weight.grad for layer in (model.model.norm, model.model.layers[0].self_attn.q_proj)]
+    gradients = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in gradients]
+    logits = result.logits.full_tensor() if hasattr(result.logits, "full_tensor") else result.logits
+    heads = model.model.layers[0].self_attn.q_proj.weight
+    local = heads.to_local() if hasattr(heads, "to_local") else heads
+    return [x.detach().numpy() for x in (logits, *gradients)], tuple(local.shape)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_tensor_parallel(name, tmp_path):
+    pytest.importorskip("transformers.distributed", reason="transformers before 5.10 splits models otherwise")
+    model, batch = make(name), packed_row(name)
+    model.save_pretrained(tmp_path)
+    expected = alone(model, batch)
+    with packattn.patch(model):
+        model(**batch).loss.backward()
+    (logits, *gradients), local = on_ranks(2, _tensor_parallel, tmp_path, name)
+    whole = model.model.layers[0].self_attn.q_proj.weight
+    assert local == (whole.shape[0] // 2, whole.shape[1])
+    assert_close(torch.from_numpy(logits), expected)
+    for found, layer in zip(gradients, (model.model.norm, model.model.layers[0].self_attn.q_proj), strict=True):
+        found = torch.from_numpy(found)
+        wanted = layer.weight.grad
+        assert_close(found, wanted if found.shape == wanted.shape else wanted[: found.shape[0]])
+
+
+def _context_parallel(name):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    model, batch = make(name), packed_row(name)
+    packattn.patch(model)
+    size = 2 * torch.distributed.get_world_size()
+    buffers = [batch[key][:, : batch[key].shape[1] // size * size].clone() for key in ("input_ids", "position_ids")]
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    try:
+        with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1, 1]):
+            model(input_ids=buffers[0], position_ids=buffers[1])
+    except NotImplementedError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_context_parallel_is_refused():
+    assert "a row split over ranks (context parallel)" in on_ranks(2, _context_parallel, "llama")
+
+
+def test_attention_of_another_library_is_refused_when_patching(monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # As DeepSpeed's Ulysses does, whose ranks hold a part of the row each.
+    model = make("llama")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "ulysses", lambda *_, **__: None)
+    model.config._attn_implementation_internal = "ulysses"
+    with pytest.raises(packattn.UnsupportedModelError, match="attends by 'ulysses', which another library registered"):
+        packattn.patch(model)
+
+
+def test_a_replaced_attention_class_is_refused_when_patching(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    # As Unsloth does.
+    model = make("llama")
+
+    def fast_forward(self, *args, **kwargs):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(LlamaAttention, "forward", fast_forward)
+    with pytest.raises(packattn.UnsupportedModelError, match=r"forward of LlamaAttention comes from test_hf_parallel"):
+        packattn.patch(model)
+
+
+def test_data_parallel_on_several_devices_is_refused():
+    model, batch = make("llama"), packed_row("llama")
+    packattn.patch(model)
+    assert_close(nn.DataParallel(model)(**batch).logits, model(**batch).logits)  # one device or none: the model itself
+    replica = model._replicate_for_data_parallel()  # what DataParallel calls on each of several devices
+    with pytest.raises(NotImplementedError, match=r"nn\.DataParallel .*DistributedDataParallel"):
+        replica(**batch)
