@@ -188,8 +188,9 @@ class Peak:
         self._loop = ctypes.CDLL(str(library)).fma_loop
         self._loop.restype, self._loop.argtypes = ctypes.c_double, [ctypes.c_long]
 
-    def measure(self, rounds: int = 2_000_000, clock: Callable[[], float] = time.perf_counter) -> float:
+    def measure(self, rounds: int = 10_000_000, clock: Callable[[], float] = time.perf_counter) -> float:
         """FLOP/s now, other programs on the machine included; for one thread, by time.thread_time, without them."""
+        time.sleep(0.02)  # torch's threads wait for more work in a loop of their own before they let go of their cores
         done: list[float] = []
 
         def loop() -> None:
