@@ -1,8 +1,12 @@
 """A patched model in the hands of other libraries: each the real one, each against the examples run alone."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch import nn
 import packattn
 import packattn.hf  # registers attn_implementation="packattn"
 
+ROOT = Path(__file__).parent.parent
 LENGTHS = [9, 4, 14, 6, 11, 3, 8, 5]
 
 
@@ -131,6 +136,34 @@ def test_peft_prompt_learning_is_refused():
     model = peft.get_peft_model(make("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(packattn.UnsupportedModelError, match="prompt learning puts virtual tokens"):
         packattn.patch(model)
+
+
+LIGER = """
+import sys, torch, packattn
+sys.path.insert(0, "tests")
+from liger_kernel.transformers import apply_liger_kernel_to_llama
+from tiny_models import alone, make, packed_row
+model, batch = make("llama").train(), packed_row("llama")
+expected = alone(model, batch)
+with packattn.patch(model):
+    loss = model(**batch).loss
+gradient = torch.autograd.grad(loss, model.model.embed_tokens.weight)[0]
+apply_liger_kernel_to_llama(model=model, rope=True, fused_linear_cross_entropy=True, rms_norm=False, swiglu=False)
+with packattn.patch(model):
+    found = model(**batch)
+    torch.testing.assert_close(found.loss, loss)
+    torch.testing.assert_close(torch.autograd.grad(found.loss, model.model.embed_tokens.weight)[0], gradient)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    torch.testing.assert_close(model.eval()(**inputs).logits, expected, atol=5e-6, rtol=1e-4)
+"""
+
+
+def test_liger_kernels_around_packed_attention():
+    pytest.importorskip("liger_kernel", reason="pip install 'packattn[integrations]'")
+    # Without a GPU its kernels run in Triton's interpreter: those that the interpreter can run.
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", LIGER], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_accelerate_mixed_precision():

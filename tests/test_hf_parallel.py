@@ -1,5 +1,6 @@
 """A patched model split over devices and processes: tensor parallel works, what would mix rows or ranks is refused."""
 
+import contextlib
 import os
 import socket
 
@@ -140,3 +141,48 @@ def test_data_parallel_on_several_devices_is_refused():
     replica = model._replicate_for_data_parallel()  # what DataParallel calls on each of several devices
     with pytest.raises(NotImplementedError, match=r"nn\.DataParallel .*DistributedDataParallel"):
         replica(**batch)
+
+
+def _deepspeed(stage, name):
+    import deepspeed
+
+    model = make(name)
+    packattn.patch(model)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    batch = packed_row(name, seed=torch.distributed.get_rank())
+    try:
+        result = engine(**batch)
+    except NotImplementedError as error:
+        return str(error)
+    engine.backward(result.loss)
+    engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())) if stage == 3 else contextlib.nullcontext():
+        return [result.logits.detach().numpy(), *(p.detach().clone().numpy() for p in model.parameters())]
+
+
+def _all_deepspeed(*runs):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return [_deepspeed(*run) for run in runs]
+
+
+def test_deepspeed_takes_the_steps_of_the_examples_alone_or_refuses():
+    pytest.importorskip("deepspeed", reason="pip install 'packattn[integrations]'")
+    *stepped, refused = on_ranks(2, _all_deepspeed, (1, "llama"), (3, "llama"), (3, "bamba"))
+    model = make("llama")
+    batches = [packed_row("llama", seed=rank) for rank in range(2)]
+    expected = alone(model, batches[0])
+    with packattn.patch(model):  # which other tests hold to the examples alone
+        loss = sum(model(**batch).loss for batch in batches) / 2
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    for logits, *after in stepped:
+        assert_close(torch.from_numpy(logits), expected)
+        for found, before, gradient in zip(after, model.parameters(), gradients, strict=True):
+            assert_close(torch.from_numpy(found), before.detach() - 0.1 * gradient)
+    # Its layers would be gathered a different number of times on each rank.
+    assert "BambaMixer runs one row per sequence" in refused
+    assert "DeepSpeed ZeRO-3" in refused

@@ -275,7 +275,7 @@ def _by_sequence(
     layout = running.layout if running is not None and running is not SUSPENDED else None
     if layout is None:
         return forward(*args, **kwargs)
-    if isinstance(module, PreTrainedModel):
+    if kind != "one":
         _no_sharded_layers(module)
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     arguments = dict(zip(names, args, strict=False)) | kwargs
@@ -299,10 +299,15 @@ _disabled: Callable[..., Any] = torch.compiler.disable(_by_sequence)  # type: ig
 
 
 def _no_sharded_layers(module: nn.Module) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        sharded = [m for m in module.modules() if type(m).__name__.startswith(("FSDP", "FullySharded"))]
-        if sharded and torch.distributed.get_world_size() > 1:
-            raise NotImplementedError(
-                f"{type(module).__name__} runs one row per sequence, so often on each rank as there are lengths, which "
-                "would hang sharded layers (FSDP). packattn supports it with DistributedDataParallel."
-            )
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    by = []
+    if any(type(m).__name__.startswith(("FSDP", "FullySharded")) for m in module.modules()):
+        by.append("FSDP")
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        by.append("DeepSpeed ZeRO-3")
+    if by and torch.distributed.get_world_size() > 1:
+        raise NotImplementedError(
+            f"{type(module).__name__} runs one row per sequence, so often on each rank as there are lengths, which "
+            f"would hang sharded layers ({by[0]}). packattn supports it with DistributedDataParallel."
+        )
