@@ -278,7 +278,7 @@ def _run_rank(rank, world, hows, store, queue):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world", "hows"), [(2, ["ddp", "fsdp2", "fsdp2 hybrid"]), (4, ["fsdp2"])])
+@pytest.mark.parametrize(("world", "hows"), [(2, ["ddp", "fsdp2", "fsdp2 hybrid"]), (4, ["ddp", "fsdp2"])])
 def test_ranks_together_take_the_gradient_of_the_examples_alone(world, hows, tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
