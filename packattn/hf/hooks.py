@@ -15,10 +15,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from packattn.hf.inputs import cache_of, check, first_or_later, holds_tokens, is_prepared, no_restarts
+from packattn.hf.inputs import (
+    agree,
+    cache_of,
+    check,
+    first_or_later,
+    given_sequences,
+    holds_tokens,
+    is_prepared,
+    no_restarts,
+    text_positions,
+)
 from packattn.hf.layout import Group, Layout, by_group
 from packattn.hf.masks import Carried, carry
 from packattn.hf.plan import Plan, looks_back, one_logit_a_row
+from packattn.hf.rope import forget
 from packattn.hf.running import RUNNING, SUSPENDED, Running
 from packattn.mask import PackedMask
 
@@ -38,11 +49,27 @@ class Enter:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling() and not self.plan.needs_layout:
-            return None
+            return _with_positions(self, args, kwargs)
         if torch.compiler.is_compiling():
             untraced: tuple[tuple[Any, ...], dict[str, Any]] | None = _enter_untraced(self, module, args, kwargs)
             return untraced
         return _enter(self, module, args, kwargs)
+
+
+def _with_positions(
+    hook: Enter, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Give positions to a compiled text model that was told its sequences otherwise: other arguments may get lost."""
+    arguments = dict(zip(hook.names, args, strict=False)) | kwargs
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        tokens = arguments.get("inputs_embeds")
+    if arguments.get("position_ids") is not None or hook.plan.text_plane or not isinstance(tokens, Tensor):
+        return None
+    given = given_sequences(arguments, tokens)
+    if given is None:
+        return None
+    return (), arguments | {"position_ids": given + hook.plan.first_position}
 
 
 def _enter(
@@ -82,14 +109,18 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     if holds_tokens(cache) or (cache is not None and is_prepared(attention_mask)):
         no_restarts(position_ids, attention_mask, tokens)
         return False
-    check(tokens, position_ids, attention_mask, arguments)
+    check(tokens, position_ids, attention_mask)
+    given, plan = given_sequences(arguments, tokens), running.plan
+    first = plan.first_position if plan is not None else 0
     if position_ids is None:
-        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        position_ids = position_ids + (running.plan.first_position if running.plan is not None else 0)
+        position_ids = given if given is not None else torch.arange(tokens.shape[1], device=tokens.device)[None]
+        position_ids = position_ids + first
     elif position_ids.ndim == 3:
-        position_ids = position_ids[0]
-    elif running.plan is not None and running.plan.first_position:
-        first_or_later(position_ids, attention_mask, running.plan.first_position)
+        position_ids = text_positions(position_ids, given, plan is not None and plan.text_plane)
+    elif first:
+        first_or_later(position_ids, attention_mask, first)
+    if given is not None:
+        agree(position_ids, given, attention_mask)
     running.position_ids, running.real = position_ids.expand(tokens.shape[0], -1), attention_mask
     running.packed = True
     if running.plan is not None and running.plan.needs_layout:
@@ -172,6 +203,7 @@ class Carry:
         if not isinstance(tokens, Tensor) or holds_masks(arguments.get("attention_mask")):
             return None
         if running is None:  # compiled, or called without the model around it
+            _assert_unchanged(self.plan)
             running = Running(plan=self.plan)
             if not prepare(running, arguments, tokens):
                 return None
@@ -188,6 +220,16 @@ class Carry:
         if running.layout is not None and module.training:
             _keep_layout_in_checkpoints(module, running)
         return (), arguments
+
+
+def _assert_unchanged(plan: Plan) -> None:
+    """What `Check` finds in every eager forward, found while a model is traced: once for each graph."""
+    for (name, layer), forward in zip(plan.attention, plan.forwards, strict=True):
+        if type(layer).forward is not forward:
+            raise RuntimeError(
+                f"the forward of {name} was replaced after packattn.patch: packed sequences would not be isolated there. "
+                "Apply it before, or leave it out."
+            )
 
 
 def holds_masks(attention_mask: Any) -> bool:
@@ -268,6 +310,8 @@ def _by_sequence(
             "Checkpoint by model.gradient_checkpointing_enable(), which packattn knows."
         )
     layout = running.layout if running is not None and running is not SUSPENDED else None
+    if running is not None and running.packed:
+        forget(module)
     if layout is None:
         return forward(*args, **kwargs)
     if isinstance(module, PreTrainedModel):
@@ -283,6 +327,8 @@ def _by_sequence(
             # Positional arguments stay so: reentrant checkpointing gives no gradient to others.
             given = {name: group.argument(name, value) for name, value in arguments.items()}
             positional = [given.pop(name) for name in names[: len(args)]]
+            for inner in module.modules():
+                forget(inner)
             return forward(*positional, **given)
         finally:
             RUNNING.reset(token)

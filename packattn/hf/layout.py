@@ -24,24 +24,26 @@ class Layout:
 
     Args:
         starts, lengths: of every sequence, in tokens of the flattened rows; padding belongs to none.
+        firsts: position of the first token of every sequence.
         rows, n: shape of the batch. device: of its tensors.
     """
 
-    def __init__(self, starts: list[int], lengths: list[int], rows: int, n: int, device: torch.device) -> None:
-        self.starts, self.lengths, self.rows, self.n, self.device = starts, lengths, rows, n, device
+    def __init__(
+        self, starts: list[int], lengths: list[int], firsts: list[int], rows: int, n: int, device: torch.device
+    ) -> None:
+        self.starts, self.lengths, self.firsts = starts, lengths, firsts
+        self.rows, self.n, self.device = rows, n, device
 
     @classmethod
     def of(cls, position_ids: Tensor, real: Tensor | None) -> "Layout":
         """Read the boundaries back from the device: waits for it."""
         rows, n = position_ids.shape
-        found = boundaries(position_ids, real)
-        starts = torch.unique_consecutive(found.seq_start)
-        ends = found.seq_end[starts.long()]
-        pairs = torch.stack([starts, ends - starts])
-        if real is not None:
-            pairs = pairs[:, real.flatten()[starts.long()] != 0]
-        begin, lengths = pairs.tolist()
-        return cls(begin, lengths, rows, n, position_ids.device)
+        spans = boundaries(position_ids, real)
+        starts = spans.seq_start if real is None else spans.seq_start[real.expand(rows, -1).flatten() != 0]
+        starts = torch.unique_consecutive(starts).long()
+        found = torch.stack([starts, spans.seq_end[starts] - starts, position_ids.flatten()[starts]])
+        begin, lengths, firsts = found.tolist()
+        return cls(begin, lengths, firsts, rows, n, position_ids.device)
 
     @property
     def packed(self) -> bool:
@@ -55,9 +57,11 @@ class Layout:
 
     @cached_property
     def equal(self) -> list["Group"]:
-        """Groups of sequences of one length: no padding at all."""
-        lengths = list(dict.fromkeys(self.lengths))
-        return [self._group([i for i, other in enumerate(self.lengths) if other == length]) for length in lengths]
+        """Groups of sequences of the same positions: no padding at all, and the same longest position."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, kind in enumerate(zip(self.lengths, self.firsts, strict=True)):
+            groups.setdefault(kind, []).append(i)
+        return [self._group(members) for members in groups.values()]
 
     @cached_property
     def similar(self) -> list["Group"]:

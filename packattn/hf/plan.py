@@ -11,7 +11,9 @@ Three ways, the first that is exact for the model:
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from packattn.hf.layout import Group, Layout
+from packattn.hf.rope import can_forget, config_rope_types, looks_at_length
 
 # Layers that mix along the row without attention.
 _MIXERS = re.compile(
@@ -53,20 +56,24 @@ class Plan:
         entries: outermost transformers models: where the caller's position_ids come in.
         builders: (name, module) that turn an attention_mask into masks for their layers.
         attention: (name, module) that call transformers' attention interface, in the builders.
+        forwards: the forward of each of them, as its class had it.
         by_sequence: (name, module, groups) of layers that run on one row per sequence; groups is an attribute of
             Layout.
         rows: reasons why the builders run on one row per sequence as a whole; empty: they do not.
         refused: reasons why the model cannot be isolated at all.
         first_position: where the model's own positions begin: 0, or 2 in the RoBERTa family.
+        text_plane: of four planes of position_ids, the model takes the first as that of the text.
     """
 
     entries: list[PreTrainedModel] = field(default_factory=list)
     builders: list[tuple[str, PreTrainedModel]] = field(default_factory=list)
     attention: list[tuple[str, nn.Module]] = field(default_factory=list)
+    forwards: list[Callable[..., Any]] = field(default_factory=list)
     by_sequence: list[tuple[str, nn.Module, str]] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     first_position: int = 0
+    text_plane: bool = False
 
     @property
     def needs_layout(self) -> bool:
@@ -97,10 +104,12 @@ def make_plan(model: nn.Module) -> Plan:
     plan.rows = unreachable + _reasons_for_rows(plan)
     wrapped = {id(inner) for _, module, _ in plan.by_sequence for inner in module.modules()}
     plan.attention = [(name, m) for name, m in inside if calls_interface(m) and id(m) not in wrapped]
+    plan.forwards = [type(m).forward for _, m in plan.attention]
     for _, module in inside:
         if id(module) not in wrapped and _computes_attention(module, wrapped):
             plan.rows.append(f"{type(module).__name__} computes attention itself")
     plan.rows = list(dict.fromkeys(plan.rows))
+    plan.text_plane = any("shape[0] == 4" in _source(builder) for _, builder in plan.builders)
     poolers = [(name, m, "one") for name, m in inside if type(m).__name__.endswith("Pooler")]
     if plan.rows:
         plan.by_sequence, plan.attention = [], []
@@ -178,7 +187,7 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
         config, name = module.config, type(module).__name__
         if getattr(config, "is_encoder_decoder", False):
             reasons.append(f"{name} attends across two sequences (encoder-decoder)")
-        if "dynamic" in _rope_types(getattr(config, "rope_parameters", None)):
+        if "dynamic" in config_rope_types(config) and not any(can_forget(inner) for inner in module.modules()):
             reasons.append(f"{name} has a rotary embedding of type dynamic, which depends on what was run before")
     for module in model.modules():
         peft = getattr(module, "active_peft_config", None)
@@ -233,8 +242,7 @@ def _mixers(inside: list[tuple[str, nn.Module]]) -> tuple[list[tuple[str, nn.Mod
         if isinstance(module, (PreTrainedModel, GradientCheckpointingLayer)) or id(module) in covered:
             continue
         kind = type(module).__name__
-        rope = _rope_types(getattr(getattr(module, "config", None), "rope_parameters", None))
-        if "RotaryEmbedding" in kind and "longrope" in rope:
+        if looks_at_length(module):
             found.append((name, module, "equal"))
         elif is_convolution(module):
             reasons.append(f"{kind} in {name.rpartition('.')[0] or 'it'} mixes along the row inside of attention")
@@ -251,14 +259,6 @@ def is_convolution(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d):
         return module.kernel_size != (1,)
     return isinstance(module, (nn.LSTM, nn.GRU, nn.RNN))
-
-
-def _rope_types(parameters: object) -> set[str]:
-    """The rope types of a config, which holds one dict, or one for every layer type."""
-    if not isinstance(parameters, dict):
-        return set()
-    nested = [_rope_types(value) for value in parameters.values()]
-    return {str(parameters["rope_type"])}.union(*nested) if "rope_type" in parameters else set().union(*nested)
 
 
 def imports_mask_builders(builder: PreTrainedModel) -> bool:

@@ -202,7 +202,8 @@ def shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     for parameters in _rope_dicts(getattr(config, "rope_parameters", None)):
         if "original_max_position_embeddings" in parameters:
             parameters["original_max_position_embeddings"] = 8
-        if "mrope_section" in parameters:
+        planes = "mrope_section" in (getattr(config_class, "ignore_keys_at_rope_validation", None) or ())
+        if "mrope_section" in parameters or (planes and "rope_type" in parameters):
             half = int(8 * parameters.get("partial_rotary_factor", 1.0))
             parameters["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
     return config
