@@ -66,6 +66,13 @@ def _minilm() -> nn.Module:
     return transformers.AutoModel.from_pretrained(minilm(), dtype=torch.float32)
 
 
+# What a call needs beside tokens and positions, from its token ids and the index of each in its sequence.
+_BESIDE: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
+    "bros": lambda ids, index: {"bbox": torch.stack([ids, ids, ids + 5, ids + 5], -1) / 100},
+    "molmo2": lambda ids, index: {"mm_token_type_ids": torch.zeros_like(ids)},
+    "paligemma": lambda ids, index: {"token_type_ids": (index >= 3).long()},  # a prefix of three tokens
+}
+
 PRETRAINED: dict[str, Callable[[], nn.Module]] = {
     "SmolLM2-135M": _smollm2,
     "SmolLM2-135M as a Mistral, window 8": _windowed_smollm2,
@@ -113,6 +120,7 @@ class Case:
 
     def __init__(self, family: str, model: nn.Module) -> None:
         self.family, self.model, self.patch = family, model, None
+        self.beside = _BESIDE.get(model.config.model_type, lambda ids, index: {})
         builders = make_plan(model).builders
         self.start = first_position(builders[-1][1]) if builders else 0
         generator = torch.Generator().manual_seed(0)
@@ -137,7 +145,8 @@ class Case:
         raise TypeError(f"no logits in {type(result).__name__}")
 
     def _run_alone(self, row: int, span: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = {"input_ids": self.ids[row : row + 1, span]}
+        ids = self.ids[row : row + 1, span]
+        inputs = {"input_ids": ids} | self.beside(ids, torch.arange(ids.shape[1])[None])
         if self.model.config.model_type in ("rwkv", "xlstm"):  # their cached forward has no gradient
             inputs["use_cache"] = False
         output = self.output(**inputs)
@@ -157,6 +166,7 @@ class Case:
         """(exact | refused | silent | error, why)."""
         rows = 2 if style in ("several rows", "padded tail") else 1
         inputs = {"input_ids": self.ids[:rows].clone(), "position_ids": self.positions[:rows].clone()}
+        inputs |= self.beside(inputs["input_ids"], self.positions[:rows] - self.start)
         lengths = [list(row) for row in ROWS[:rows]]
         if style == "padded tail":
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

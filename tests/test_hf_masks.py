@@ -145,3 +145,17 @@ def test_law_3_a_block_in_two_runs_raises():
                 masks.packed_mask(**call)
         else:
             assert torch.equal(masks.packed_mask(**call).to_dense(), dense(function))
+
+
+def test_law_3_a_causal_mask_for_layers_that_look_both_ways_raises():
+    # Without token types, plain transformers gives this model one result in SDPA and another in eager.
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(shrink(CONFIG_MAPPING["paligemma"])).eval()
+    batch = packed_row("llama")
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        assert (
+            model(input_ids=ids).logits - model(input_ids=ids, token_type_ids=ids * 0 + 1).logits
+        ).abs().max() > 1e-3
+        with packattn.patch(model), pytest.raises(packattn.UnsupportedMaskError, match="Pass token_type_ids"):
+            model(input_ids=ids, position_ids=batch["position_ids"])

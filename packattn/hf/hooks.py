@@ -227,8 +227,8 @@ def _assert_unchanged(plan: Plan) -> None:
     for (name, layer), forward in zip(plan.attention, plan.forwards, strict=True):
         if type(layer).forward is not forward:
             raise RuntimeError(
-                f"the forward of {name} was replaced after packattn.patch: packed sequences would not be isolated there. "
-                "Apply it before, or leave it out."
+                f"the forward of {name} was replaced after packattn.patch: packed sequences would not be isolated "
+                "there. Apply it before, or leave it out."
             )
 
 

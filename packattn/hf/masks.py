@@ -75,6 +75,7 @@ def packed_mask(
         )
         return dense
     assert attention_mask is not None
+    _refuse_ambiguous(mask_function, **others)
     mask = _ordered(_spans(mask_function, attention_mask), **others)
     running = None if torch.compiler.is_compiling() else RUNNING.get()
     if running is not None:
@@ -106,6 +107,30 @@ def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
         f"packattn does not know this model's mask to be one span of keys per token: {' and '.join(sorted(names))}. "
         "Train this model unpacked, one example a row, without packattn.patch."
     )
+
+
+def _refuse_ambiguous(
+    mask_function: Callable[..., Tensor],
+    config: PreTrainedConfig | None = None,
+    allow_is_causal_skip: bool = False,
+    **_: Any,
+) -> None:
+    """PaliGemma without token types: its mask is causal, and where transformers leaves it out, its layers are not.
+
+    Raises:
+        UnsupportedMaskError: what the sequences would give alone depends on the attention implementation.
+    """
+    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    if (
+        both_ways
+        and allow_is_causal_skip
+        and {name for name, _ in _parts(mask_function)} <= {"causal", "sliding_window"}
+    ):
+        raise UnsupportedMaskError(
+            "this model makes a causal mask for layers that look both ways (use_bidirectional_attention), so that "
+            "transformers' implementations of attention disagree on what it computes. Pass token_type_ids, which mark "
+            "what is bidirectional, or remove the patch."
+        )
 
 
 def _ordered(
