@@ -28,7 +28,7 @@ from packattn.hf.inputs import (
 )
 from packattn.hf.layout import Group, Layout, by_group
 from packattn.hf.masks import Carried, carry
-from packattn.hf.plan import Plan, looks_back, one_logit_a_row
+from packattn.hf.plan import Plan, one_logit_a_row
 from packattn.hf.rope import forget
 from packattn.hf.running import RUNNING, SUSPENDED, Running
 from packattn.mask import PackedMask
@@ -89,6 +89,8 @@ def _enter(
     if not prepare(running, arguments, tokens):
         return None
     if running.layout is not None and one_logit_a_row(module):
+        _check_labels(arguments.get("labels"), len(running.layout.starts))
+    if running.layout is not None and one_logit_a_row(module) and not running.plan.by_length(module):
         _unpack(running, module, arguments)
     elif running.layout is not None:
         if "use_cache" in hook.names:
@@ -137,11 +139,6 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
     layout = running.layout
     assert layout is not None
     (group,) = layout.one
-    if running.plan is not None and running.plan.mixes and not looks_back(module) and not bool(group.real.all()):
-        raise NotImplementedError(
-            f"{type(module).__name__} makes one result of a row, and its layers mix along the row in both directions, "
-            "padding included: packattn can unpack its packed rows only where all sequences have one length."
-        )
     assert isinstance(module, PreTrainedModel)
     pad = getattr(module.config.get_text_config(), "pad_token_id", None) or 0
     for name, value in list(arguments.items()):
@@ -150,16 +147,16 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
         elif name not in ("labels", "attention_mask"):
             arguments[name] = group.argument(name, value)
     arguments["attention_mask"] = group.real.long()
-    labels = arguments.get("labels")
-    if isinstance(labels, Tensor) and labels.shape[0] != len(layout.starts):
-        raise ValueError(
-            f"labels must hold one label for each of the {len(layout.starts)} packed sequences, in their order, got "
-            f"shape {tuple(labels.shape)}."
-        )
     running.position_ids = group.take(running.position_ids) if running.position_ids is not None else None
     running.real, running.layout = group.real.long(), None
-    if running.plan is not None and running.plan.mixes:
-        running.packed = False
+
+
+def _check_labels(labels: Any, sequences: int) -> None:
+    if isinstance(labels, Tensor) and labels.shape[0] != sequences:
+        raise ValueError(
+            f"labels must hold one label for each of the {sequences} packed sequences, in their order, got shape "
+            f"{tuple(labels.shape)}."
+        )
 
 
 class Leave:
@@ -320,13 +317,23 @@ def _by_sequence(
     arguments = dict(zip(names, args, strict=False)) | kwargs
     if isinstance(module, PreTrainedModel) and "use_cache" in names:
         arguments["use_cache"] = False
+    if arguments.get("encoder_hidden_states") is not None:
+        raise NotImplementedError(
+            "encoder_hidden_states: cross-attention of a packed row is not supported by packattn. Remove the patch."
+        )
+    labels = arguments.pop("labels", None) if plan.by_length(module) else None
+    if isinstance(labels, Tensor) and not labels.dtype.is_floating_point:
+        # The loss of each group is put together by its number of sequences.
+        torch._assert_async((labels != -100).all(), "labels of packed sequences must not be ignored (-100).")
 
     def call(group: Group) -> Any:
         token = RUNNING.set(SUSPENDED)
         try:
             # Positional arguments stay so: reentrant checkpointing gives no gradient to others.
             given = {name: group.argument(name, value) for name, value in arguments.items()}
-            positional = [given.pop(name) for name in names[: len(args)]]
+            positional = [given.pop(name) for name in names[: len(args)] if name in given]
+            if labels is not None:
+                given["labels"] = labels[group.members]
             for inner in module.modules():
                 forget(inner)
             return forward(*positional, **given)

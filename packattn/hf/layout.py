@@ -144,7 +144,8 @@ def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any]) 
     """Call a layer on every group, and put what it returns back in the places of the packed rows.
 
     Tensors with one value per token, (sequences, length, ...), come back as (rows, n, ...), padding as zeros; tensors
-    with one value per sequence as (sequences, ...), in the order of the stream; caches as None.
+    with one value per sequence as (sequences, ...), in the order of the stream; caches as None; a loss as the mean over
+    all sequences.
     """
     results = [call(group) for group in groups]
     tokens = torch.cat([group.index.flatten() for group in groups])
@@ -160,6 +161,8 @@ def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any]) 
             return type(first)(**{key: put_back([part[key] for part in parts], key) for key in first})
         if isinstance(first, (tuple, list)):
             return type(first)(put_back(list(each), name) for each in zip(*parts, strict=True))
+        if name == "loss" and isinstance(first, Tensor) and first.ndim == 0:  # a mean over the sequences of its group
+            return sum(part * len(group.members) for part, group in zip(parts, groups, strict=True)) / len(sequences)
         shapes = [group.index.shape for group in groups]
         if all(isinstance(part, Tensor) for part in parts):
             if all(part.shape[:2] == shape for part, shape in zip(parts, shapes, strict=True)):

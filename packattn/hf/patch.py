@@ -168,6 +168,7 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
             restore.append(module.register_forward_pre_hook(Mark()).remove)
         for _, module, kind in plan.by_sequence:
             restore.append(_wrap(module, plan, kind))
+    restore += [_wrap(entry, plan, "equal") for entry in plan.entries if plan.by_length(entry)]
     for module in dict.fromkeys([*plan.entries, *builders]):
         restore.append(module.register_forward_hook(Leave(), always_call=True).remove)
 

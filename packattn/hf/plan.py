@@ -18,10 +18,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from packattn.hf.layout import Group, Layout
 from packattn.hf.rope import can_forget, config_rope_types, looks_at_length
@@ -85,6 +81,13 @@ class Plan:
         """Whether layers run by sequence that would mix along a packed row."""
         return bool(self.rows) or any(kind != "one" for _, _, kind in self.by_sequence)
 
+    def by_length(self, module: nn.Module) -> bool:
+        """Whether a model with one result per row runs as a whole on rows of one length each, without any padding.
+
+        With spans alone it runs on rows padded to one length, all of them at once.
+        """
+        return self.mixes and one_logit_a_row(module) and any(module is entry for entry in self.entries)
+
     def groups(self, layout: Layout, kind: str) -> list[Group]:
         """The groups of a layout by the name that by_sequence gives."""
         found: list[Group] = getattr(layout, kind)
@@ -121,12 +124,6 @@ def make_plan(model: nn.Module) -> Plan:
 def one_logit_a_row(module: nn.Module) -> bool:
     """Whether a model makes one result of every row: then its packed rows are unpacked where they come in."""
     return bool(_ONE_LOGIT_A_ROW.search(type(module).__name__))
-
-
-def looks_back(module: PreTrainedModel) -> bool:
-    """Whether a model is a causal one, which padding on the right does not change."""
-    kind = module.config.model_type
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def calls_interface(module: nn.Module) -> bool:
