@@ -415,7 +415,7 @@ def main() -> int:
     return 0
 
 
-_HOW = {
+HOW = {
     "spans": "packed attention in every layer",
     "by sequence": "packed attention, and single layers on one row per sequence: state-space and linear-attention "
     "mixers, short convolutions, rotary embeddings that look at the longest position",
@@ -435,7 +435,7 @@ def table(entries: dict[tuple[str, str], dict]) -> str:
         "`python -m benchmarks.architectures --table`.",
         "",
         "* **exact**: equal to rounding in every style that the architecture has. How:",
-        *(f"  * *{how}*: {what}" for how, what in _HOW.items()),
+        *(f"  * *{how}*: {what}" for how, what in HOW.items()),
         "* **refused**: raises before the first number, for the reason given.",
         "* **not run**: no verdict: the tiny model could not be built or run alone, for the reason given.",
         "",
@@ -446,7 +446,7 @@ def table(entries: dict[tuple[str, str], dict]) -> str:
         mine = [entry for (f, _), entry in entries.items() if f == family]
         counts = Counter(verdict(entry) for entry in mine)
         hows = Counter(entry["how"] for entry in mine if verdict(entry) == "exact")
-        cells = [counts["exact"], *(hows[how] for how in _HOW), counts["refused"], counts["not run"]]
+        cells = [counts["exact"], *(hows[how] for how in HOW), counts["refused"], counts["not run"]]
         lines.append(f"| {family} | {' | '.join(map(str, cells))} | {counts['silent'] + counts['error']} |")
     for family, (auto, _) in FAMILIES.items():
         lines += ["", f"## {family} ({auto})", "", "| architecture | family | outcome | how, or why not |"]

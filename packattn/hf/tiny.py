@@ -168,6 +168,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "state_size": 16, "n_groups": 2, "chunk_size": 8},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "perceiver": {
+        "num_latents": 8,
+        "d_latents": 64,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
