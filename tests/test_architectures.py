@@ -14,7 +14,7 @@ TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 # One of each way to be isolated and of each position scheme, mask and layer that needs one.
 KINDS = {
     "causal": {
-        "spans": "llama gemma3_text gemma4_text gpt_oss gpt2 opt llama4_text phi3 deepseek_v3 qwen2_moe mistral4 gptj",
+        "spans": "llama gemma3_text gemma4_text gpt_oss gpt2 opt llama4_text phi3 deepseek_v3 qwen2_moe gptj",
         "by sequence": "mamba mamba2 bamba jamba falcon_h1 nemotron_h lfm2 lfm2_moe qwen3_next qwen3_5_text "
         "recurrent_gemma zamba2 zaya kimi_linear olmo_hybrid granitemoehybrid falcon_mamba",
         "rows": "falcon bloom mpt minimax gpt_neo bart xglm deepseek_v32 deepseek_v4 mllama inkling_text",
@@ -22,7 +22,7 @@ KINDS = {
     "masked": {"spans": "bert roberta modernbert", "by sequence": "fnet", "rows": "esm mobilebert xlm longformer"},
     "sequence": {"spans": "bert llama", "by sequence": "jamba fnet", "rows": "falcon deberta xlnet"},
     "token": {"rows": "bros"},
-    "vision-language": {"spans": "gemma3 llava paligemma qwen2_vl", "rows": "git"},
+    "vision-language": {"spans": "gemma3 llava mistral4 paligemma qwen2_vl", "rows": "git"},
 }
 REFUSED = [("masked", "bart"), ("sequence", "t5"), ("vision-language", "pi0"), ("causal", "blt")]
 CASES = [(f, how, name) for f, kinds in KINDS.items() for how, names in kinds.items() for name in names.split()]
