@@ -87,12 +87,6 @@ REFUSED = {
         ),
         "attends across two sequences",
     ),
-    "dynamic rope": (
-        lambda: LlamaForCausalLM(
-            LlamaConfig(**_GROUPED, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-        ),
-        "rotary embedding of type dynamic",
-    ),
 }
 
 _STATE = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}

@@ -35,7 +35,7 @@ _CAUSAL = re.compile(
 _NO_MIXERS = re.compile(r"Norm|Cache|MLP|Mlp|Rotary|Router|Experts|DecoderLayer|Output")
 # Attention to keys that an indexer or a learned mask selects by what the whole row holds.
 _SPARSE = {
-    "deepseek_v32", "glm_moe_dsa", "hy_v4", "axk2", "dots3_note", "mistral_large4", "minimax_m3_vl", "molmo2", "doge",
+    "deepseek_v32", "glm_moe_dsa", "hy_v4", "axk2", "dots3_note", "mistral_large4", "minimax_m3_vl", "doge",
 }  # fmt: skip
 _LAYER_TYPES = {
     "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "mamba", "mlp", "moe",
