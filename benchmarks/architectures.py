@@ -108,10 +108,6 @@ def _tiny(family: str, name: str) -> nn.Module:
                 and bool((parameter == parameter.flatten()[0]).all())
             ):
                 parameter.add_(torch.randn_like(parameter) * 0.1)  # a leak must not hide behind zeros
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():  # as in trained weights; a row of zeros gives NaN where a model divides by its norm
-                module.weight[module.padding_idx].normal_(0, 0.1)
     return model
 
 
