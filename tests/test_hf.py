@@ -276,6 +276,17 @@ def test_law_3_what_cannot_be_isolated_is_refused_untouched(name):
     assert state(model) == before
 
 
+def test_a_model_that_computes_attention_itself_says_how_it_runs():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING["bloom"])).eval()
+    with pytest.warns(UserWarning, match=r"once for every length in the batch, .*BloomAttention computes attention"):
+        patch = packattn.patch(model)
+    with patch:
+        assert patch.how == "rows"
+        assert "a run of\n  all layers for every length in the batch" in repr(patch)
+        assert "BloomAttention computes attention itself" in repr(patch)
+
+
 def test_only_models_are_patched():
     with pytest.raises(TypeError, match=r"transformers PreTrainedModel, got Linear"):
         packattn.patch(torch.nn.Linear(2, 2))

@@ -57,7 +57,12 @@ class Patch:
         lines = [f"Patch({type(self._model).__name__})"]
         name, builder = self._plan.builders[0]
         if self._plan.rows:
-            lines.append(f"  {name or type(builder).__name__}: one row per sequence, equal lengths together, because")
+            lines.append(
+                f"  {name or type(builder).__name__}: one row per sequence, equal lengths together: a run of all"
+            )
+            lines.append(
+                "  layers for every length in the batch, in transformers' own attention, without padding; because"
+            )
             return "\n".join(lines + [f"    {reason}" for reason in self._plan.rows])
         for name, builder in self._plan.builders:
             lines.append(f"  masks   {name or type(builder).__name__}: spans from position_ids")
@@ -125,8 +130,8 @@ def patch(model: nn.Module) -> Patch:
         raise
     if plan.rows:
         warnings.warn(
-            f"packattn runs the layers of {name} on one row per sequence, which is exact but saves little: "
-            + "; ".join(plan.rows),
+            f"packattn runs the layers of {name} on one row per sequence, once for every length in the batch, which is "
+            "exact but saves little: " + "; ".join(plan.rows),
             stacklevel=2,
         )
     return Patch(model, plan, restore)
