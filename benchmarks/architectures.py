@@ -32,7 +32,7 @@ from packattn.hf import tiny
 from packattn.hf.plan import make_plan
 from packattn.hf.probe import first_position
 
-ROWS = ([7, 19, 1, 13], [20, 11, 9])
+ROWS = ([7, 19, 7, 1, 6], [20, 11, 9])
 PADDING = ROWS[1][-1]
 STYLES = (
     "default",

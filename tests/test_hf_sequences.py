@@ -1,11 +1,17 @@
 """Where the sequences of a packed row begin: by positions, by explicit numbers, by the planes of M-RoPE."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from tiny_models import LENGTHS, SMALL, VOCABULARY, alone, make, packed_row, spans
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import packattn
@@ -85,6 +91,38 @@ def test_law_1_a_compiled_model_keeps_what_was_given(given):
             compiled = torch.compile(model, fullgraph=True, backend="eager")
             packed = compiled(input_ids=batch["input_ids"], use_cache=False, **EXPLICIT[given]).logits
     assert_close(packed, expected)
+
+
+# One result per sequence: rows padded to one length where attention knows it, rows of one length where layers mix.
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "deberta", "xlnet", "jamba"])
+def test_law_1_classification_takes_one_label_a_sequence(name):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(shrink(CONFIG_MAPPING[name])).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    lengths, labels = [7, 19, 7, 13], torch.tensor([1, 0, 1, 1])
+    batch = packed_row("llama", lengths)
+    weights = list(model.parameters())
+    rows = torch.cat([model(input_ids=batch["input_ids"][:, s]).logits for s in spans(lengths)])
+    loss = torch.nn.functional.cross_entropy(rows, labels)
+    expected = torch.autograd.grad(loss, weights, allow_unused=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch = packattn.patch(model)
+    with patch:
+        given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        packed = model(**given, labels=labels)
+        found = torch.autograd.grad(packed.loss, weights, allow_unused=True)
+        with pytest.raises(ValueError, match=r"one label for each of the 4 packed sequences.*\(1, 46\)"):
+            model(**given, labels=batch["input_ids"])
+    assert_close(packed.logits, rows)
+    assert_close(packed.loss, loss)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-4 * other.norm() + 1e-7
 
 
 # M-RoPE: three planes of positions, or four with those of the text before them.

@@ -90,8 +90,8 @@ def _enter(
         return None
     if running.layout is not None and one_logit_a_row(module):
         _check_labels(arguments.get("labels"), len(running.layout.starts))
-    if running.layout is not None and one_logit_a_row(module) and not running.plan.by_length(module):
-        _unpack(running, module, arguments)
+        if not hook.plan.by_length(module):
+            _unpack(running, module, arguments)
     elif running.layout is not None:
         if "use_cache" in hook.names:
             arguments["use_cache"] = False

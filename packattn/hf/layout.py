@@ -155,7 +155,7 @@ def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any]) 
 
     def put_back(parts: list[Any], name: str) -> Any:
         first = parts[0]
-        if first is None or isinstance(first, Cache):
+        if first is None or isinstance(first, Cache) or name == "mems":  # the cache of XLNet
             return None
         if isinstance(first, Mapping):
             return type(first)(**{key: put_back([part[key] for part in parts], key) for key in first})
