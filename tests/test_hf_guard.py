@@ -3,12 +3,14 @@
 import pytest
 import torch
 from tiny_models import VOCABULARY, alone, make, packed_row
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import packattn
 from packattn import PackedMask
+from packattn.hf.tiny import shrink
 
 IDS = torch.ones(2, 6, dtype=torch.long)
 
@@ -186,3 +188,14 @@ def test_law_3_a_model_loaded_with_the_name_but_not_patched_raises():
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="its model is not patched"):
         LlamaForCausalLM(config)(input_ids=IDS)
+
+
+def test_a_model_that_computes_attention_itself_says_how_it_runs():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING["bloom"])).eval()
+    with pytest.warns(UserWarning, match=r"once for every length in the batch, .*BloomAttention computes attention"):
+        patch = packattn.patch(model)
+    with patch:
+        assert patch.how == "rows"
+        assert "a run of\n  all layers for every length in the batch" in repr(patch)
+        assert "BloomAttention computes attention itself" in repr(patch)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import LENGTHS, SMALL, VOCABULARY, alone, make, packed_row, spans
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -91,6 +92,28 @@ def test_law_1_a_compiled_model_keeps_what_was_given(given):
             compiled = torch.compile(model, fullgraph=True, backend="eager")
             packed = compiled(input_ids=batch["input_ids"], use_cache=False, **EXPLICIT[given]).logits
     assert_close(packed, expected)
+
+
+def test_padding_whose_embedding_is_zero_gives_finite_gradients():
+    # Gemma-3n divides by the norm of a token's state: by itself, a row of padding tokens has no gradient at all.
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING["gemma3n_text"])).eval()
+    assert model.get_input_embeddings().weight[0].abs().max() == 0
+    batch = packed_row("llama")
+    real = batch["input_ids"].shape[1]
+    ids = torch.nn.functional.pad(batch["input_ids"], (0, 5))
+    position_ids = torch.nn.functional.pad(batch["position_ids"], (0, 5))
+    mask = torch.nn.functional.pad(torch.ones_like(batch["input_ids"]), (0, 5))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with packattn.patch(model):
+        expected = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        found = model(input_ids=ids, position_ids=position_ids, attention_mask=mask).logits[:, :real]
+        assert_close(found, expected)
+        expected = torch.autograd.grad(expected.square().mean(), weights, allow_unused=True)
+        found = torch.autograd.grad(found.square().mean(), weights, allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-4 * other.norm() + 1e-9
 
 
 # One result per sequence: rows padded to one length where attention knows it, rows of one length where layers mix.
