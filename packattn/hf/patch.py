@@ -58,7 +58,7 @@ class Patch:
         name, builder = self._plan.builders[0]
         if self._plan.rows:
             lines.append(f"  {name or type(builder).__name__}: one row per sequence, equal lengths together: a run of")
-            lines.append("  all layers for every length in the batch, unpadded, in transformers' own attention, because")
+            lines.append("  all layers for every length in the batch, unpadded, in transformers' attention, because")
             return "\n".join(lines + [f"    {reason}" for reason in self._plan.rows])
         for name, builder in self._plan.builders:
             lines.append(f"  masks   {name or type(builder).__name__}: spans from position_ids")
