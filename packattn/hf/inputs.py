@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packattn.boundaries import Boundaries
 from packattn.mask import PackedMask
+
+# What says where sequences lie beside position_ids.
+_EXPLICIT = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def cache_of(arguments: dict[str, Any]) -> Any:
@@ -69,7 +73,7 @@ def first_or_later(position_ids: Tensor, attention_mask: Any, first: int) -> Non
     )
 
 
-def check(tokens: Tensor, position_ids: Any, attention_mask: Any, arguments: dict[str, Any]) -> None:
+def check(tokens: Tensor, position_ids: Any, attention_mask: Any) -> None:
     """Raise on anything that packattn would have to guess about."""
     sdpa = F.scaled_dot_product_attention  # replaced while such a split lasts
     if not torch.compiler.is_compiling() and sdpa.__module__.startswith("torch.distributed"):
@@ -91,14 +95,8 @@ def check(tokens: Tensor, position_ids: Any, attention_mask: Any, arguments: dic
         if not isinstance(value, Tensor) or value.dtype.is_floating_point:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be an integer tensor of shape (rows, n) = {(rows, n)}, got {got}.")
-        if name == "position_ids" and value.ndim == 3:
-            if value.shape[0] == 4 and value.shape[2] == n:
-                continue  # text positions, then the planes of M-RoPE
-            raise ValueError(
-                f"position_ids of shape {tuple(value.shape)} have several planes (M-RoPE), from which packattn does "
-                "not guess boundaries. Pass them with the text positions before them, (4, rows, n), or the text "
-                "positions alone, (rows, n)."
-            )
+        if name == "position_ids" and value.ndim == 3 and value.shape[1] in (rows, 1) and value.shape[2] == n:
+            continue  # planes of M-RoPE
         if name == "attention_mask" and value.ndim == 4:
             raise ValueError(
                 f"attention_mask of shape {tuple(value.shape)} is dense, but a patched model makes its mask from "
@@ -108,15 +106,76 @@ def check(tokens: Tensor, position_ids: Any, attention_mask: Any, arguments: dic
             raise ValueError(f"{name} must have shape (rows, n) = {(rows, n)}, as the input, got {tuple(value.shape)}.")
         if value.device != tokens.device:
             raise ValueError(f"{name} must be on the device of the input, {tokens.device}, got {value.device}.")
-    explicit = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if arguments.get(name) is not None]
-    if explicit and position_ids is None:
-        raise ValueError(
-            f"{' and '.join(explicit)} came without position_ids, by which packattn finds the sequences. Pass "
-            "position_ids that restart with every sequence (PackingCollator makes them)."
-        )
-    seq_idx = arguments.get("seq_idx")
-    if isinstance(seq_idx, Tensor) and isinstance(position_ids, Tensor) and seq_idx.shape == position_ids.shape:
-        torch._assert_async(
-            ((seq_idx.diff(dim=1) == 0) | (position_ids.diff(dim=1) != 1)).all(),
-            "seq_idx begins a sequence where position_ids go on; packattn separates sequences by position_ids.",
-        )
+
+
+def given_sequences(arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:
+    """Positions, from 0, of the sequences that a caller gave by number or by cumulative length.
+
+    Args:
+        arguments: of the forward: seq_idx, int (rows, n), the number of each token's sequence; cu_seq_lens_q and
+            cu_seq_lens_k, int (sequences + 1,), from 0 to rows * n over the flattened rows.
+        tokens: (rows, n, ...).
+
+    Returns:
+        int64 (rows, n); None: none of them was given.
+    """
+    rows, n = tokens.shape[:2]
+    index = torch.arange(n, device=tokens.device).expand(rows, -1)
+    found: dict[str, Tensor] = {}
+    for name in _EXPLICIT:
+        value = arguments.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype.is_floating_point:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be an integer tensor, got {got}.")
+        if name == "seq_idx":
+            if value.shape != (rows, n):
+                raise ValueError(f"seq_idx must have shape (rows, n) = {(rows, n)}, got {tuple(value.shape)}.")
+            begins = torch.nn.functional.pad(value.diff(dim=1) != 0, (1, 0), value=True)
+            found[name] = index - torch.where(begins, index, 0).cummax(1).values
+        else:
+            starts = Boundaries.from_cu_seqlens(value.to(tokens.device), rows * n).seq_start.view(rows, n)
+            found[name] = torch.arange(rows * n, device=tokens.device).view(rows, n) - starts
+            torch._assert_async(
+                (found[name][:, 0] == 0).all(), f"{name} holds a sequence that goes on from one row into the next."
+            )
+    for name, positions in found.items():
+        first, *_ = found
+        torch._assert_async((positions == found[first]).all(), f"{name} and {first} say different sequences.")
+    return next(iter(found.values()), None)
+
+
+def text_positions(planes: Tensor, given: Tensor | None, text_first: bool) -> Tensor:
+    """Which positions say where the sequences lie, among several planes of them (M-RoPE).
+
+    Args:
+        planes: int (planes, rows, n). given: what `given_sequences` found. text_first: the model takes four planes, of
+            which the first is that of the text.
+    """
+    if text_first and planes.shape[0] == 4:
+        return planes[0]
+    if given is not None:
+        return given
+    # Text has one position in all planes; the tokens of an image do not, and their planes do not rise by one.
+    torch._assert_async(
+        (planes == planes[:1]).all(),
+        f"position_ids of shape {tuple(planes.shape)} have planes (M-RoPE) that differ, from which packattn does not "
+        "guess where sequences begin. Say it by seq_idx (rows, n) or cu_seq_lens_q, or by the positions of the text "
+        "before the planes, (4, rows, n), where the model takes them.",
+    )
+    return planes[0]
+
+
+def agree(position_ids: Tensor, given: Tensor, attention_mask: Any) -> None:
+    """Assert on the device that position_ids begin sequences where the caller said that they begin."""
+    steps = position_ids.diff(dim=1)
+    right = (given.diff(dim=1) == 1) == (steps == 1)
+    right = right | ((steps == 0) & (given.diff(dim=1) == 1))  # a dead segment, all of it at the first position
+    if isinstance(attention_mask, Tensor):
+        right = right | (attention_mask[:, 1:] == 0) | (attention_mask[:, :-1] == 0)
+    torch._assert_async(
+        right.all(),
+        "seq_idx or cu_seq_lens begin other sequences than position_ids, which begin one wherever a position is not "
+        "the previous one + 1. Let them agree, or leave one of them out.",
+    )

@@ -24,22 +24,25 @@ class Layout:
 
     Args:
         starts, lengths: of every sequence, in tokens of the flattened rows; padding belongs to none.
+        firsts: position of the first token of every sequence.
         rows, n: shape of the batch. device: of its tensors.
     """
 
-    def __init__(self, starts: list[int], lengths: list[int], rows: int, n: int, device: torch.device) -> None:
-        self.starts, self.lengths, self.rows, self.n, self.device = starts, lengths, rows, n, device
+    def __init__(
+        self, starts: list[int], lengths: list[int], firsts: list[int], rows: int, n: int, device: torch.device
+    ) -> None:
+        self.starts, self.lengths, self.firsts = starts, lengths, firsts
+        self.rows, self.n, self.device = rows, n, device
 
     @classmethod
     def of(cls, position_ids: Tensor, real: Tensor | None) -> "Layout":
         """Read the boundaries back from the device: waits for it."""
         rows, n = position_ids.shape
         found = boundaries(position_ids, real)
-        starts = torch.unique_consecutive(found.seq_start)
-        ends = found.seq_end[starts.long()]
-        pairs = torch.stack([starts, ends - starts])
-        begin, lengths = pairs[:, ends > starts].tolist()
-        return cls(begin, lengths, rows, n, position_ids.device)
+        starts = torch.unique_consecutive(found.seq_start[found.seq_end > found.seq_start]).long()
+        spans = torch.stack([starts, found.seq_end[starts] - starts, position_ids.flatten()[starts]])
+        begin, lengths, firsts = spans.tolist()
+        return cls(begin, lengths, firsts, rows, n, position_ids.device)
 
     @property
     def packed(self) -> bool:
@@ -53,9 +56,11 @@ class Layout:
 
     @cached_property
     def equal(self) -> list["Group"]:
-        """Groups of sequences of one length: no padding at all."""
-        lengths = list(dict.fromkeys(self.lengths))
-        return [self._group([i for i, other in enumerate(self.lengths) if other == length]) for length in lengths]
+        """Groups of sequences of the same positions: no padding at all, and the same longest position."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, kind in enumerate(zip(self.lengths, self.firsts, strict=True)):
+            groups.setdefault(kind, []).append(i)
+        return [self._group(members) for members in groups.values()]
 
     @cached_property
     def similar(self) -> list["Group"]:
@@ -138,7 +143,8 @@ def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any]) 
     """Call a layer on every group, and put what it returns back in the places of the packed rows.
 
     Tensors with one value per token, (sequences, length, ...), come back as (rows, n, ...), padding as zeros; tensors
-    with one value per sequence as (sequences, ...), in the order of the stream; caches as None.
+    with one value per sequence as (sequences, ...), in the order of the stream; caches as None; a loss as the mean over
+    all sequences.
     """
     results = [call(group) for group in groups]
     tokens = torch.cat([group.index.flatten() for group in groups])
@@ -148,12 +154,14 @@ def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any]) 
 
     def put_back(parts: list[Any], name: str) -> Any:
         first = parts[0]
-        if first is None or isinstance(first, Cache):
+        if first is None or isinstance(first, Cache) or name == "mems":  # the cache of XLNet
             return None
         if isinstance(first, Mapping):
             return type(first)(**{key: put_back([part[key] for part in parts], key) for key in first})
         if isinstance(first, (tuple, list)):
             return type(first)(put_back(list(each), name) for each in zip(*parts, strict=True))
+        if name == "loss" and isinstance(first, Tensor) and first.ndim == 0:  # a mean over the sequences of its group
+            return sum(part * len(group.members) for part, group in zip(parts, groups, strict=True)) / len(sequences)
         shapes = [group.index.shape for group in groups]
         if all(isinstance(part, Tensor) for part in parts):
             if all(part.shape[:2] == shape for part, shape in zip(parts, shapes, strict=True)):

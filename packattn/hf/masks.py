@@ -50,7 +50,11 @@ def is_carried(attention_mask: object) -> bool:
 
 
 def packed_mask(
-    *, q_length: int, mask_function: Callable[..., Tensor], attention_mask: Tensor | None = None, **others: Any
+    *,
+    q_length: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | PackedMask | Carried | None = None,
+    **others: Any,
 ) -> PackedMask | Tensor:
     """The mask function that packattn registers with transformers.
 
@@ -60,6 +64,8 @@ def packed_mask(
     Raises:
         UnsupportedMaskError: a mask function that is not one of those that packattn knows to be spans.
     """
+    if isinstance(attention_mask, PackedMask):
+        return attention_mask  # a model around this one made it
     if isinstance(attention_mask, Carried):
         attention_mask = attention_mask.tensor
     if not is_carried(attention_mask):
@@ -69,6 +75,7 @@ def packed_mask(
         )
         return dense
     assert attention_mask is not None
+    _refuse_ambiguous(mask_function, **others)
     mask = _ordered(_spans(mask_function, attention_mask), **others)
     running = None if torch.compiler.is_compiling() else RUNNING.get()
     if running is not None:
@@ -84,6 +91,8 @@ def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
     windows = [value for name, value in parts if name.startswith("sliding_window")]
     window = min(windows) if windows else None
     blocks = next((value.flatten() for name, value in parts if name.endswith("blocks")), None)
+    if blocks is not None:
+        _assert_whole(found, blocks)
     plain = names - {"blocks", "outer_blocks"}
     if plain == {"causal"} or (plain == {"causal", "sliding_window"} and "outer_blocks" not in names):
         return PackedMask.causal(found, window=window, blocks=blocks)
@@ -98,6 +107,30 @@ def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
         f"packattn does not know this model's mask to be one span of keys per token: {' and '.join(sorted(names))}. "
         "Train this model unpacked, one example a row, without packattn.patch."
     )
+
+
+def _refuse_ambiguous(
+    mask_function: Callable[..., Tensor],
+    config: PreTrainedConfig | None = None,
+    allow_is_causal_skip: bool = False,
+    **_: Any,
+) -> None:
+    """PaliGemma without token types: its mask is causal, and where transformers leaves it out, its layers are not.
+
+    Raises:
+        UnsupportedMaskError: what the sequences would give alone depends on the attention implementation.
+    """
+    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    if (
+        both_ways
+        and allow_is_causal_skip
+        and {name for name, _ in _parts(mask_function)} <= {"causal", "sliding_window"}
+    ):
+        raise UnsupportedMaskError(
+            "this model makes a causal mask for layers that look both ways (use_bidirectional_attention), so that "
+            "transformers' implementations of attention disagree on what it computes. Pass token_type_ids, which mark "
+            "what is bidirectional, or remove the patch."
+        )
 
 
 def _ordered(
@@ -119,6 +152,19 @@ def _ordered(
     except (AttributeError, RuntimeError):  # layers of different shapes: transformers has no one answer
         return mask
     return schedule(mask, heads_q=heads, heads_k=heads_k, head_dim=head_dim, dtype=dtype)
+
+
+def _assert_whole(found: Boundaries, blocks: Tensor) -> None:
+    """Assert on the device that no sequence holds a block twice: its tokens would see each other across a gap."""
+    index = torch.arange(blocks.numel(), device=blocks.device, dtype=torch.int32)
+    begins = block_starts(found, index, blocks) & (blocks >= 0)
+    runs = torch.where(begins, (found.seq_start.long() << 32) + blocks.long(), -1 - index.long())
+    torch._assert_async(
+        (runs.sort().values.diff() != 0).all(),
+        "a sequence holds two runs of tokens of one bidirectional block (a second image, or a prefix that is taken up "
+        "again), which see each other in this model: that is not one span of keys per token. Give it one run a "
+        "sequence, or train this model unpacked.",
+    )
 
 
 def _with_whole_blocks(mask: PackedMask, found: Boundaries, blocks: Tensor) -> PackedMask:
@@ -145,6 +191,13 @@ def _parts(mask_function: Callable[..., Tensor]) -> list[tuple[str, Any]]:
         return [part for member in _cell(mask_function, "mask_functions") for part in _parts(member)]
     if code is _OR:
         members = [_parts(member) for member in _cell(mask_function, "mask_functions")]
+        if len(members) == 2 and [name for name, _ in members[1]] == ["bidirectional"]:
+            return members[1]
+        if len(members) == 2 and [name for name, _ in members[1]] == ["sliding_window_bidirectional"]:
+            (reach,) = [value for _, value in members[1]]
+            # What the causal part sees lies within the window too: nothing is left of it.
+            if [name for name, _ in members[0]] == ["sliding_window", "causal"] and members[0][0][1] == reach + 1:
+                return [("bidirectional", None), *members[1]]
         if len(members) == 2 and [name for name, _ in members[1]] == ["block"]:
             inner = {name for name, _ in members[0]}
             if inner in ({"causal"}, {"bidirectional"}, {"causal", "sliding_window"}):
@@ -158,7 +211,12 @@ def _parts(mask_function: Callable[..., Tensor]) -> list[tuple[str, Any]]:
         return [("chunk", _cell(mask_function, "chunk_size"))]
     if code is _BLOCKS:
         return [("block", _cell(mask_function, "block_sequence_ids"))]
-    return [(f"{mask_function.__module__}.{mask_function.__qualname__}", None)]
+    name = f"{mask_function.__module__}.{mask_function.__qualname__}"
+    if name in _EVERYTHING:
+        return [("bidirectional", None)]
+    if name in _EXCLUSIVE_WINDOW:
+        return [("sliding_window_bidirectional", _cell(mask_function, "sliding_window") - 1)]
+    return [(name, None)]
 
 
 def _cell(function: Callable[..., Tensor], name: str) -> Any:
@@ -180,3 +238,9 @@ _WINDOW = _closure_code(masking_utils.sliding_window_overlay)
 _BIDIRECTIONAL_WINDOW = _closure_code(masking_utils.sliding_window_bidirectional_overlay)
 _CHUNK = _closure_code(masking_utils.chunked_overlay)
 _BLOCKS = _closure_code(masking_utils.blockwise_overlay)
+# What models define themselves, by name: all keys, and the keys at a distance of less than the window.
+_OWN = (("gemma3", "Gemma3TextModel"), ("step3p7", "Step3p7TextModel"))
+_EVERYTHING = {f"transformers.models.{m}.modeling_{m}.{name}.forward.<locals>.<lambda>" for m, name in _OWN}
+_EXCLUSIVE_WINDOW = {
+    f"transformers.models.{m}.modeling_{m}._bidirectional_window_overlay.<locals>.inner_mask" for m, _ in _OWN
+}

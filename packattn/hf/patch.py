@@ -57,7 +57,8 @@ class Patch:
         lines = [f"Patch({type(self._model).__name__})"]
         name, builder = self._plan.builders[0]
         if self._plan.rows:
-            lines.append(f"  {name or type(builder).__name__}: one row per sequence, equal lengths together, because")
+            lines.append(f"  {name or type(builder).__name__}: one row per sequence, equal lengths together: a run of")
+            lines.append("  all layers for every length in the batch, unpadded, in transformers' attention, because")
             return "\n".join(lines + [f"    {reason}" for reason in self._plan.rows])
         for name, builder in self._plan.builders:
             lines.append(f"  masks   {name or type(builder).__name__}: spans from position_ids")
@@ -125,8 +126,8 @@ def patch(model: nn.Module) -> Patch:
         raise
     if plan.rows:
         warnings.warn(
-            f"packattn runs the layers of {name} on one row per sequence, which is exact but saves little: "
-            + "; ".join(plan.rows),
+            f"packattn runs the layers of {name} on one row per sequence, once for every length in the batch, which is "
+            "exact but saves little: " + "; ".join(plan.rows),
             stacklevel=2,
         )
     return Patch(model, plan, restore)
@@ -168,6 +169,7 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
             restore.append(module.register_forward_pre_hook(Mark()).remove)
         for _, module, kind in plan.by_sequence:
             restore.append(_wrap(module, plan, kind))
+    restore += [_wrap(entry, plan, "equal") for entry in plan.entries if plan.by_length(entry)]
     for module in dict.fromkeys([*plan.entries, *builders]):
         restore.append(module.register_forward_hook(Leave(), always_call=True).remove)
 

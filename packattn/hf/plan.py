@@ -11,19 +11,18 @@ Three ways, the first that is exact for the model:
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from packattn.hf.layout import Group, Layout
+from packattn.hf.rope import can_forget, config_rope_types, looks_at_length
 
 # Layers that mix along the row without attention.
 _MIXERS = re.compile(
@@ -38,7 +37,7 @@ _CAUSAL = re.compile(
 _NO_MIXERS = re.compile(r"Norm|Cache|MLP|Mlp|Rotary|Router|Experts|DecoderLayer|Output")
 # Attention to keys that an indexer or a learned mask selects by what the whole row holds.
 _SPARSE = {
-    "deepseek_v32", "glm_moe_dsa", "hy_v4", "axk2", "dots3_note", "mistral_large4", "minimax_m3_vl", "molmo2", "doge",
+    "deepseek_v32", "glm_moe_dsa", "hy_v4", "axk2", "dots3_note", "mistral_large4", "minimax_m3_vl", "doge",
 }  # fmt: skip
 _LAYER_TYPES = {
     "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "mamba", "mlp", "moe",
@@ -55,20 +54,24 @@ class Plan:
         entries: outermost transformers models: where the caller's position_ids come in.
         builders: (name, module) that turn an attention_mask into masks for their layers.
         attention: (name, module) that call transformers' attention interface, in the builders.
+        forwards: the forward of each of them, as its class had it.
         by_sequence: (name, module, groups) of layers that run on one row per sequence; groups is an attribute of
             Layout.
         rows: reasons why the builders run on one row per sequence as a whole; empty: they do not.
         refused: reasons why the model cannot be isolated at all.
         first_position: where the model's own positions begin: 0, or 2 in the RoBERTa family.
+        text_plane: of four planes of position_ids, the model takes the first as that of the text.
     """
 
     entries: list[PreTrainedModel] = field(default_factory=list)
     builders: list[tuple[str, PreTrainedModel]] = field(default_factory=list)
     attention: list[tuple[str, nn.Module]] = field(default_factory=list)
+    forwards: list[Callable[..., Any]] = field(default_factory=list)
     by_sequence: list[tuple[str, nn.Module, str]] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     first_position: int = 0
+    text_plane: bool = False
 
     @property
     def needs_layout(self) -> bool:
@@ -79,6 +82,13 @@ class Plan:
     def mixes(self) -> bool:
         """Whether layers run by sequence that would mix along a packed row."""
         return bool(self.rows) or any(kind != "one" for _, _, kind in self.by_sequence)
+
+    def by_length(self, module: nn.Module) -> bool:
+        """Whether a model with one result per row runs as a whole on rows of one length each, without any padding.
+
+        With spans alone it runs on rows padded to one length, all of them at once.
+        """
+        return self.mixes and one_logit_a_row(module) and any(module is entry for entry in self.entries)
 
     def groups(self, layout: Layout, kind: str) -> list[Group]:
         """The groups of a layout by the name that by_sequence gives."""
@@ -99,10 +109,12 @@ def make_plan(model: nn.Module) -> Plan:
     plan.rows = unreachable + _reasons_for_rows(plan)
     wrapped = {id(inner) for _, module, _ in plan.by_sequence for inner in module.modules()}
     plan.attention = [(name, m) for name, m in inside if calls_interface(m) and id(m) not in wrapped]
+    plan.forwards = [type(m).forward for _, m in plan.attention]
     for _, module in inside:
         if id(module) not in wrapped and _computes_attention(module, wrapped):
             plan.rows.append(f"{type(module).__name__} computes attention itself")
     plan.rows = list(dict.fromkeys(plan.rows))
+    plan.text_plane = any("shape[0] == 4" in _source(builder) for _, builder in plan.builders)
     poolers = [(name, m, "one") for name, m in inside if type(m).__name__.endswith("Pooler")]
     if plan.rows:
         plan.by_sequence, plan.attention = [], []
@@ -114,12 +126,6 @@ def make_plan(model: nn.Module) -> Plan:
 def one_logit_a_row(module: nn.Module) -> bool:
     """Whether a model makes one result of every row: then its packed rows are unpacked where they come in."""
     return bool(_ONE_LOGIT_A_ROW.search(type(module).__name__))
-
-
-def looks_back(module: PreTrainedModel) -> bool:
-    """Whether a model is a causal one, which padding on the right does not change."""
-    kind = module.config.model_type
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def calls_interface(module: nn.Module) -> bool:
@@ -180,7 +186,7 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
         config, name = module.config, type(module).__name__
         if getattr(config, "is_encoder_decoder", False):
             reasons.append(f"{name} attends across two sequences (encoder-decoder)")
-        if "dynamic" in _rope_types(getattr(config, "rope_parameters", None)):
+        if "dynamic" in config_rope_types(config) and not any(can_forget(inner) for inner in module.modules()):
             reasons.append(f"{name} has a rotary embedding of type dynamic, which depends on what was run before")
         if _is_foreign(config._attn_implementation):
             reasons.append(
@@ -193,14 +199,6 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
             reasons.append("PEFT prompt learning puts virtual tokens before the row and drops position_ids")
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             reasons.append("nn.DataParallel on several devices; use DistributedDataParallel")
-    for kind in dict.fromkeys(type(module) for module in model.modules() if "Attention" in type(module).__name__):
-        owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-        home = vars(owner)["forward"].__module__
-        if home != owner.__module__:
-            reasons.append(
-                f"the forward of {owner.__name__} comes from {home}: another library replaced the model's attention; "
-                "load the model without it"
-            )
     holds = {id(b): {id(m) for m in b.modules() if m is not b} for _, b in plan.builders}
     innermost = [(name, b) for name, b in plan.builders if not any(id(o) in holds[id(b)] for _, o in plan.builders)]
     if not innermost:
@@ -256,8 +254,7 @@ def _mixers(inside: list[tuple[str, nn.Module]]) -> tuple[list[tuple[str, nn.Mod
         if isinstance(module, (PreTrainedModel, GradientCheckpointingLayer)) or id(module) in covered:
             continue
         kind = type(module).__name__
-        rope = _rope_types(getattr(getattr(module, "config", None), "rope_parameters", None))
-        if "RotaryEmbedding" in kind and "longrope" in rope:
+        if looks_at_length(module):
             found.append((name, module, "equal"))
         elif is_convolution(module):
             reasons.append(f"{kind} in {name.rpartition('.')[0] or 'it'} mixes along the row inside of attention")
@@ -274,14 +271,6 @@ def is_convolution(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d):
         return module.kernel_size != (1,)
     return isinstance(module, (nn.LSTM, nn.GRU, nn.RNN))
-
-
-def _rope_types(parameters: object) -> set[str]:
-    """The rope types of a config, which holds one dict, or one for every layer type."""
-    if not isinstance(parameters, dict):
-        return set()
-    nested = [_rope_types(value) for value in parameters.values()]
-    return {str(parameters["rope_type"])}.union(*nested) if "rope_type" in parameters else set().union(*nested)
 
 
 def imports_mask_builders(builder: PreTrainedModel) -> bool:

@@ -32,7 +32,11 @@ def runnable(builder: PreTrainedModel) -> bool:
     """Whether the weights of a model are here and whole, so that a small forward can be run."""
     weights = [p for p in builder.parameters() if p.is_floating_point()]
     whole = all(type(p) in (Tensor, nn.Parameter) and not p.is_meta and p.numel() for p in weights)
-    return bool(weights) and whole and isinstance(getattr(builder.get_input_embeddings(), "weight", None), Tensor)
+    try:
+        embeddings = builder.get_input_embeddings()
+    except NotImplementedError:  # hashed characters, for one
+        return False
+    return bool(weights) and whole and isinstance(getattr(embeddings, "weight", None), Tensor)
 
 
 def probe(plan: Plan) -> str | None:
@@ -50,9 +54,12 @@ def probe(plan: Plan) -> str | None:
     ids = (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
     changed = ids.clone()
     changed[:, : _LENGTHS[0]] = (ids[:, : _LENGTHS[0]] + 7) % weight.shape[0]
+    both_ways = getattr(builder.config.get_text_config(), "use_bidirectional_attention", None)
+    typed = both_ways and "token_type_ids" in inspect.signature(builder.forward).parameters
+    extra = {"token_type_ids": torch.zeros_like(ids)} if typed else {}  # PaliGemma has no mask without them
     try:
         with _undisturbed(builder):
-            one, other = (_second(builder, given, positions) for given in (ids, changed))
+            one, other = (_second(builder, given, positions, extra) for given in (ids, changed))
     except NotImplementedError as error:
         return str(error)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
@@ -107,8 +114,8 @@ def _undisturbed(builder: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def _second(builder: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor | None:
-    hidden = _hidden(builder(input_ids=ids, position_ids=positions))
+def _second(builder: PreTrainedModel, ids: Tensor, positions: Tensor, extra: dict[str, Tensor]) -> Tensor | None:
+    hidden = _hidden(builder(input_ids=ids, position_ids=positions, **extra))
     return None if hidden is None else hidden[:, _LENGTHS[0] :]
 
 

@@ -68,8 +68,40 @@ _GEMMA4: dict[str, Any] = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 99,
 }
+_PLANES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"image_token_offset": 83, "audio_token_offset": 91},
+    "apertus1p5_vision_tokenizer": {"codebook_size": 8},
+    "chameleon": {"vocabulary_map": {"<image>": 97, "IMGIMGA": 98}},
+    "cosmos3_edge_text": _PLANES,
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_output_size": 64},
+    "dots3_note_vision_encoder": {
+        "per_layer_config": {},
+        "mlp_layer_types": ["dense", "dense"],
+        "adapter_in_dim": 64,
+        "adapter_out_dim": 64,
+    },
+    "emu3": {"vocabulary_map": {"<image>": 96, "<|extra_200|>": 97, "<|visual token 000000|>": 98}},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+    },
+    "glm5_next_text": {"index_kpool": 2, "qk_rope_head_dim": 0, "qk_head_dim": 16},
+    "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": [], "downsample_rate": "4/8"},
+    "granite_docling_vision": {"out_hidden_size": 64},
+    "hunyuan_vl_text": {"head_dim": 16},
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "inkling2_vision": {"text_hidden_size": 64},
+    "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
+    "lilt": {"hidden_size": 48},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_spark_audio": {"num_hidden_layers": 4, "out_hidden_size": 64},
+    "paddleocr_vl_text": _PLANES,
+    "radio": {"video_temporal_patch_size": 2},
+    "step3p5": {"sliding_window": 5},
+    "wavtokenizer_encoder": {"codebook_dim": 64, "codebook_size": 8},
     "deepseek_v2": {"topk_group": 1, "n_group": 1, "num_experts_per_tok": 2},
     "bailing_hybrid": {"num_expert_group": 1, "linear_head_dim": 16, "linear_num_heads": 4},
     "bamba": {
@@ -109,6 +141,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "esm": {"vocab_size": 99, "mask_token_id": 3},
     "esmc": {"num_key_value_heads": 4},
+    "falcon_h1": {
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 8,
+    },
     "gemma3n_text": {
         "num_hidden_layers": 6,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -121,7 +160,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
     },
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
@@ -131,11 +170,27 @@ _OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "inkling2_loop_text": {"rel_extent": 16, "log_scaling_n_floor": 4},
     "inkling2_text": {"rel_extent": 16, "log_scaling_n_floor": 4},
+    "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "state_size": 16, "n_groups": 2, "chunk_size": 8},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 96,
+    },
+    "perceiver": {
+        "num_latents": 8,
+        "d_latents": 64,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -197,12 +252,14 @@ def shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
         inner = getattr(default, name, None)
         if isinstance(inner, PreTrainedConfig):
             changes[name] = shrink(type(inner)).to_dict()
-    changes |= _OWN.get(default.model_type, {})
+    own = _OWN.get(default.model_type, {})
+    changes |= own
     config = config_class(**changes)
     for parameters in _rope_dicts(getattr(config, "rope_parameters", None)):
         if "original_max_position_embeddings" in parameters:
             parameters["original_max_position_embeddings"] = 8
-        if "mrope_section" in parameters:
+        planes = "mrope_section" in (getattr(config_class, "ignore_keys_at_rope_validation", None) or ())
+        if "rope_parameters" not in own and ("mrope_section" in parameters or (planes and "rope_type" in parameters)):
             half = int(8 * parameters.get("partial_rotary_factor", 1.0))
             parameters["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
     return config

@@ -13,6 +13,7 @@ from packattn.boundaries import boundaries
 from packattn.hf.patch import configs_of, is_patched
 from packattn.hf.plan import make_plan
 from packattn.hf.probe import first_position
+from packattn.hf.rope import forget
 from packattn.hf.running import RUNNING, SUSPENDED
 
 _LENGTHS = (7, 19, 1, 5, 13)
@@ -162,6 +163,8 @@ def verify(
 
 def _output(model: nn.Module, x: Tensor, position_ids: Tensor, extra: dict[str, Any]) -> Tensor:
     """Logits (or the last hidden state), (rows, n, channels)."""
+    for module in model.modules():
+        forget(module)
     result = model(inputs_embeds=x, position_ids=position_ids, **extra)
     found: Tensor = result.logits if "logits" in result else result.last_hidden_state
     return found

@@ -1,0 +1,201 @@
+"""The guard: a packed batch goes through a patched model, and something has changed since or is not as it seems."""
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, alone, make, packed_row
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+import packattn
+from packattn import PackedMask
+from packattn.hf.tiny import shrink
+
+IDS = torch.ones(2, 6, dtype=torch.long)
+
+
+def assert_close(packed, truth):
+    torch.testing.assert_close(packed, truth, atol=5e-6, rtol=5e-5)
+
+
+def test_law_3_another_attention_set_after_the_patch_raises():
+    model, batch = make("llama"), packed_row("llama")
+    with packattn.patch(model):
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(RuntimeError, match=r"attends by 'sdpa', set after packattn\.patch"):
+            model(**batch)
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_law_3_a_layer_that_bypasses_the_interface_is_named(checkpointing):
+    model, batch = make("llama"), packed_row("llama")
+
+    class Bypass(type(model.model.layers[1].self_attn)):
+        def forward(self, hidden_states, **others):
+            return hidden_states, None
+
+    with packattn.patch(model):
+        model.train()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            model.enable_input_require_grads()
+        model(**batch).loss.backward()
+        model.model.layers[1].self_attn.__class__ = Bypass
+        with pytest.raises(RuntimeError, match=r"did not run in layers\.1\.self_attn"):
+            model(**batch)
+
+
+def test_law_3_a_mask_of_another_forward_raises():
+    model, batch = make("llama"), packed_row("llama")
+    with packattn.patch(model):
+        foreign = PackedMask.causal(lengths=[batch["input_ids"].shape[1]])
+        layer = model.model.layers[1]
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"attention_mask": foreign}), with_kwargs=True
+        )
+        with pytest.raises(RuntimeError, match="mask of another forward"):
+            model(**batch)
+
+
+@pytest.mark.parametrize("cache", ["static", "holds tokens"])
+def test_law_3_packing_over_a_cache_raises(cache):
+    model, batch = make("llama"), packed_row("llama")
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    with packattn.patch(model), torch.no_grad():
+        if cache == "static":
+            given = StaticCache(config=model.config, max_cache_len=64)
+        else:
+            given = DynamicCache(config=model.config)
+            model(input_ids=IDS[:1], past_key_values=given)
+        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
+            model(**inputs, past_key_values=given)
+        # An empty cache that grows holds nothing yet: the row is packed.
+        with_cache = model(**inputs, past_key_values=DynamicCache(config=model.config)).logits
+        assert_close(with_cache, model(**inputs).logits)
+
+
+def test_law_3_positions_below_the_first_of_the_model_raise():
+    model, batch = make("roberta"), packed_row("llama")
+    with packattn.patch(model), pytest.raises(RuntimeError, match=r"PackingCollator\(start_position=2\)"):
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+
+
+def test_law_3_recomputing_a_mixer_without_its_boundaries_raises():
+    model, batch = make("bamba"), packed_row("bamba")
+    layer = model.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: torch.utils.checkpoint.checkpoint(
+        forward, *args, use_reentrant=False, **kwargs
+    )
+    with packattn.patch(model):
+        loss = model(**batch).loss
+        with pytest.raises(RuntimeError, match="recomputed in the backward pass without the boundaries"):
+            loss.backward()
+
+
+def plain_attention(self, hidden_states, *args, **others):
+    """What a library with kernels of its own puts in the place of a class's forward: causal over the whole row."""
+    q, k, v = (
+        p(hidden_states).unflatten(-1, (-1, 16)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def test_law_3_a_class_patched_by_another_library_afterwards_is_named(monkeypatch):
+    model, batch = make("llama"), packed_row("llama")
+    with packattn.patch(model):
+        model(**batch)
+        monkeypatch.setattr(LlamaAttention, "forward", plain_attention)
+        with pytest.raises(RuntimeError, match=r"did not run in layers\.0\.self_attn, layers\.1\.self_attn"):
+            model(**batch)
+
+
+def test_law_3_an_encoder_layer_patched_afterwards_is_named(monkeypatch):
+    model, batch = make("bert"), packed_row("bert")
+    with packattn.patch(model):
+        monkeypatch.setattr(BertSelfAttention, "forward", lambda self, hidden_states, *a, **o: (hidden_states, None))
+        with pytest.raises(RuntimeError, match=r"did not run in .*layer\.0\.attention\.self"):
+            model(**batch)
+
+
+def test_law_3_a_forward_of_one_layer_replaced_afterwards_is_named():
+    model, batch = make("llama"), packed_row("llama")
+    with packattn.patch(model):
+        layer = model.model.layers[1].self_attn
+        layer.forward = plain_attention.__get__(layer)
+        with pytest.raises(RuntimeError, match=r"did not run in layers\.1\.self_attn"):
+            model(**batch)
+
+
+def test_law_3_a_class_patched_before_is_seen_by_the_patch(monkeypatch):
+    monkeypatch.setattr(LlamaAttention, "forward", plain_attention)
+    model, batch = make("llama"), packed_row("llama")
+    with torch.no_grad():
+        expected = alone(model, batch)
+        with pytest.warns(UserWarning, match="LlamaAttention computes attention itself"):
+            patch = packattn.patch(model)
+        with patch:
+            assert patch.how == "rows"
+            assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, expected)
+
+
+class Bypass(torch.nn.Module):
+    """A layer of another name that mixes along the row and uses no interface."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states, *args, **others):
+        return plain_attention(self.inner, hidden_states)
+
+
+def test_law_3_the_probe_finds_what_the_code_does_not_tell():
+    # A compiled model is not checked in every forward: what runs in it was probed when it was patched.
+    model, batch = make("llama"), packed_row("llama")
+    layer = model.model.layers[1]
+    layer.self_attn = Bypass(layer.self_attn)
+    with torch.no_grad():
+        expected = alone(model, batch)
+        with pytest.warns(UserWarning, match="the second moved by .* with the tokens of the first"):
+            patch = packattn.patch(model)
+        with patch:
+            assert patch.how == "rows"
+            assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, expected)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_law_3_a_compiled_model_is_checked_when_it_is_traced(fullgraph, monkeypatch):
+    torch._dynamo.reset()
+    model, batch = make("llama"), packed_row("llama")
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    with packattn.patch(model), torch.no_grad():
+        compiled = torch.compile(model, fullgraph=fullgraph, backend="eager")
+        assert_close(compiled(**inputs).logits, model(**inputs).logits)
+        monkeypatch.setattr(LlamaAttention, "forward", plain_attention)
+        with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn"):
+            compiled(**inputs)
+
+
+def test_law_3_a_model_loaded_with_the_name_but_not_patched_raises():
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        attn_implementation="packattn",
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="its model is not patched"):
+        LlamaForCausalLM(config)(input_ids=IDS)
+
+
+def test_a_model_that_computes_attention_itself_says_how_it_runs():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING["bloom"])).eval()
+    with pytest.warns(UserWarning, match=r"once for every length in the batch, .*BloomAttention computes attention"):
+        patch = packattn.patch(model)
+    with patch:
+        assert patch.how == "rows"
+        assert "a run of\n  all layers for every length in the batch" in repr(patch)
+        assert "BloomAttention computes attention itself" in repr(patch)

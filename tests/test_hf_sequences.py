@@ -1,0 +1,245 @@
+"""Where the sequences of a packed row begin: by positions, by explicit numbers, by the planes of M-RoPE."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny_models import LENGTHS, SMALL, VOCABULARY, alone, make, packed_row, spans
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import packattn
+from packattn.hf.tiny import shrink
+
+SEQ_IDX = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]
+CU_SEQ_LENS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+EXPLICIT = {
+    "seq_idx": {"seq_idx": SEQ_IDX},
+    "cu_seq_lens": {"cu_seq_lens_q": CU_SEQ_LENS, "cu_seq_lens_k": CU_SEQ_LENS},
+}
+
+
+def assert_close(packed, truth):
+    torch.testing.assert_close(packed, truth, atol=5e-6, rtol=5e-5)
+
+
+@pytest.mark.parametrize("given", EXPLICIT)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "bamba"])
+def test_law_1_sequences_that_are_given_without_positions(name, given):
+    model, batch = make(name), packed_row(name)
+    with torch.no_grad():
+        expected = alone(model, batch)
+        with packattn.patch(model):
+            try:
+                packed = model(input_ids=batch["input_ids"], **EXPLICIT[given]).logits
+            except TypeError:
+                pytest.skip(f"{name} takes no {given}")
+    assert_close(packed, expected)
+
+
+@pytest.mark.parametrize("given", EXPLICIT)
+def test_law_3_given_sequences_that_positions_deny_raise(given):
+    model, batch = make("llama"), packed_row("llama")
+    ids = batch["input_ids"]
+    cases = {
+        "one more by positions": packed_row("llama", [7, 10, 9, 1, 13])["position_ids"],
+        "one more as given": torch.arange(ids.shape[1])[None],
+    }
+    with packattn.patch(model):
+        model(input_ids=ids, position_ids=batch["position_ids"], **EXPLICIT[given])
+        for position_ids in cases.values():
+            with pytest.raises(RuntimeError, match="begin other sequences than position_ids"):
+                model(input_ids=ids, position_ids=position_ids, **EXPLICIT[given])
+
+
+def test_law_3_two_ways_of_giving_sequences_must_agree():
+    model, ids = make("llama"), packed_row("llama")["input_ids"]
+    with packattn.patch(model), pytest.raises(RuntimeError, match="cu_seq_lens_q and seq_idx say different sequences"):
+        model(input_ids=ids, seq_idx=SEQ_IDX, cu_seq_lens_q=torch.tensor([0, 8, ids.shape[1]]))
+
+
+def test_law_3_a_sequence_over_two_rows_raises():
+    model, ids = make("llama"), torch.ones(2, 6, dtype=torch.long)
+    with packattn.patch(model), pytest.raises(RuntimeError, match="goes on from one row into the next"):
+        model(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 4, 8, 12]))
+
+
+def test_a_dead_segment_is_no_contradiction():
+    collate = packattn.PackingCollator(pad_to=16, return_seq_idx=True, return_flash_attn_kwargs=True)
+    batch = collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+    model = make("llama")
+    with packattn.patch(model), torch.no_grad():
+        with_mask = model(**batch).logits[:, :5]
+        batch.pop("attention_mask")
+        without = model(**batch).logits[:, :5]
+    assert torch.equal(with_mask, without)
+
+
+@pytest.mark.parametrize("given", EXPLICIT)
+def test_law_1_a_compiled_model_keeps_what_was_given(given):
+    torch._dynamo.reset()
+    model, batch = make("llama"), packed_row("llama")
+    with torch.no_grad():
+        expected = alone(model, batch)
+        with packattn.patch(model):
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            packed = compiled(input_ids=batch["input_ids"], use_cache=False, **EXPLICIT[given]).logits
+    assert_close(packed, expected)
+
+
+def test_padding_whose_embedding_is_zero_gives_finite_gradients():
+    # Gemma-3n divides by the norm of a token's state: by itself, a row of padding tokens has no gradient at all.
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING["gemma3n_text"])).eval()
+    assert model.get_input_embeddings().weight[0].abs().max() == 0
+    batch = packed_row("llama")
+    real = batch["input_ids"].shape[1]
+    ids = torch.nn.functional.pad(batch["input_ids"], (0, 5))
+    position_ids = torch.nn.functional.pad(batch["position_ids"], (0, 5))
+    mask = torch.nn.functional.pad(torch.ones_like(batch["input_ids"]), (0, 5))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with packattn.patch(model):
+        expected = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        found = model(input_ids=ids, position_ids=position_ids, attention_mask=mask).logits[:, :real]
+        assert_close(found, expected)
+        expected = torch.autograd.grad(expected.square().mean(), weights, allow_unused=True)
+        found = torch.autograd.grad(found.square().mean(), weights, allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-4 * other.norm() + 1e-9
+
+
+# One result per sequence: rows padded to one length where attention knows it, rows of one length where layers mix.
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "deberta", "xlnet", "jamba"])
+def test_law_1_classification_takes_one_label_a_sequence(name):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(shrink(CONFIG_MAPPING[name])).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    lengths, labels = [7, 19, 7, 13], torch.tensor([1, 0, 1, 1])
+    batch = packed_row("llama", lengths)
+    weights = list(model.parameters())
+    rows = torch.cat([model(input_ids=batch["input_ids"][:, s]).logits for s in spans(lengths)])
+    loss = torch.nn.functional.cross_entropy(rows, labels)
+    expected = torch.autograd.grad(loss, weights, allow_unused=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch = packattn.patch(model)
+    with patch:
+        given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        packed = model(**given, labels=labels)
+        found = torch.autograd.grad(packed.loss, weights, allow_unused=True)
+        with pytest.raises(ValueError, match=r"one label for each of the 4 packed sequences.*\(1, 46\)"):
+            model(**given, labels=batch["input_ids"])
+    assert_close(packed.logits, rows)
+    assert_close(packed.loss, loss)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-4 * other.norm() + 1e-7
+
+
+# M-RoPE: three planes of positions, or four with those of the text before them.
+
+
+@pytest.fixture(scope="module")
+def qwen2_vl():
+    torch.manual_seed(0)
+    return Qwen2VLForConditionalGeneration(shrink(CONFIG_MAPPING["qwen2_vl"])).eval()
+
+
+def with_an_image(position_ids):
+    """Planes of a packed row whose second sequence begins with an image of 2 x 3 tokens, as the model counts them."""
+    planes = position_ids.expand(3, -1, -1).clone()
+    image = slice(LENGTHS[0], LENGTHS[0] + 6)
+    planes[0, :, image] = 0
+    planes[1, :, image] = torch.tensor([0, 0, 0, 1, 1, 1])
+    planes[2, :, image] = torch.tensor([0, 1, 2, 0, 1, 2])
+    planes[:, :, image.stop : LENGTHS[0] + LENGTHS[1]] -= 3  # text goes on after the longest side
+    return planes
+
+
+@pytest.mark.parametrize("form", ["equal planes", "text before", "seq_idx", "cu_seq_lens"])
+def test_law_1_planes_of_positions(qwen2_vl, form):
+    batch = packed_row("llama")
+    ids, position_ids = batch["input_ids"], batch["position_ids"]
+    planes = position_ids.expand(3, -1, -1) if form == "equal planes" else with_an_image(position_ids)
+    with torch.no_grad():
+        rows = [qwen2_vl(input_ids=ids[:, s], position_ids=planes[:, :, s]).logits for s in spans()]
+        with packattn.patch(qwen2_vl):
+            given = torch.cat([position_ids[None], planes]) if form == "text before" else planes
+            packed = qwen2_vl(input_ids=ids, position_ids=given, **EXPLICIT.get(form, {})).logits
+    assert_close(packed, torch.cat(rows, 1))
+
+
+def test_law_1_planes_in_a_compiled_model(qwen2_vl):
+    torch._dynamo.reset()
+    batch = packed_row("llama")
+    given = {"input_ids": batch["input_ids"], "position_ids": with_an_image(batch["position_ids"]), "seq_idx": SEQ_IDX}
+    with packattn.patch(qwen2_vl), torch.no_grad():
+        compiled = torch.compile(qwen2_vl, backend="eager")
+        assert_close(compiled(**given).logits, qwen2_vl(**given).logits)
+
+
+def test_law_3_planes_that_differ_say_no_boundaries(qwen2_vl):
+    batch = packed_row("llama")
+    with packattn.patch(qwen2_vl), pytest.raises(RuntimeError, match=r"planes .* that differ.*Say it by seq_idx"):
+        qwen2_vl(input_ids=batch["input_ids"], position_ids=with_an_image(batch["position_ids"]))
+
+
+def test_planes_without_a_text_plane_are_not_taken_for_one():
+    # A model that takes three planes only would read the text's positions as those of time.
+    model, batch = make("llama"), packed_row("llama")
+    planes = torch.cat([batch["position_ids"][None], with_an_image(batch["position_ids"])])
+    with packattn.patch(model), pytest.raises(RuntimeError, match=r"planes .* that differ"):
+        model(input_ids=batch["input_ids"], position_ids=planes)
+
+
+# Rotary embeddings that look at the longest position.
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+def dynamic_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL | {"max_position_embeddings": 8}, num_key_value_heads=2, rope_parameters=DYNAMIC)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_law_1_dynamic_rope_is_that_of_a_model_just_loaded():
+    # No sequence is short enough to make transformers forget the longer one before it.
+    model, lengths = dynamic_llama(), [19, 13, 9]
+    batch, where = packed_row("llama", lengths), spans(lengths)
+    with torch.no_grad():
+        rows = [copy.deepcopy(model)(input_ids=batch["input_ids"][:, s]).logits for s in where]
+        model(input_ids=batch["input_ids"][:, where[0]])
+        assert (model(input_ids=batch["input_ids"][:, where[1]]).logits - rows[1]).abs().max() > 1e-4
+        with packattn.patch(model) as patch:
+            assert patch.how == "by sequence"
+            packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+            single = model(input_ids=batch["input_ids"][:, where[2]]).logits
+            assert packattn.verify(model, lengths=lengths).ok
+    assert_close(packed, torch.cat(rows, 1))
+    assert_close(single, rows[2])
+
+
+def test_law_1_equal_lengths_at_other_positions_are_not_one_group():
+    # The second sequence begins at position 50, beyond the original context of the first.
+    model = dynamic_llama()
+    ids = torch.randint(3, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
+    position_ids = torch.cat([torch.arange(6), torch.arange(50, 56)])[None]
+    halves = [slice(0, 6), slice(6, 12)]
+    with torch.no_grad():
+        rows = [copy.deepcopy(model)(input_ids=ids[:, s], position_ids=position_ids[:, s]).logits for s in halves]
+        with packattn.patch(model):
+            packed = model(input_ids=ids, position_ids=position_ids).logits
+    assert_close(packed, torch.cat(rows, 1))
