@@ -2,6 +2,7 @@
 # make test          set up if needed, run the tests
 # make check         lint, types and tests
 # make gate          compile every kernel for every target and rewrite benchmarks/gate.csv (half an hour)
+# make weights       fetch the real weights that some tests use where they are there
 # make test-oldest   a core subset with the oldest supported versions, in an environment of its own
 # make clean         remove what was built, not the environment
 
@@ -12,7 +13,7 @@ OLDEST := .venv-oldest
 PIP := -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml packattn/schemas.py $(wildcard csrc/*)
 
-.PHONY: setup demo test gate test-oldest lint types check clean
+.PHONY: setup demo test gate weights test-oldest lint types check clean
 
 setup: $(VENV)/built
 
@@ -38,6 +39,9 @@ test: setup
 
 gate: setup
 	$(BIN)/python -m benchmarks.gate
+
+weights: setup
+	$(BIN)/python -c "from benchmarks.demo import assets; assets.smollm2(); assets.minilm()"
 
 # The extension that was built for the newest torch serves the oldest: that is what the stable ABI promises.
 OLDEST_VERSIONS := "torch==2.10.0" "transformers==5.8.0" "numpy<2.4"

