@@ -82,16 +82,19 @@ FAMILIES = tiny.FAMILIES | {"pretrained": ("real weights", PRETRAINED)}
 
 
 def build(family: str, name: str) -> nn.Module:
-    """The model, always with the same weights; no dropout."""
+    """The model, always with the same weights; nothing is drawn at random in training."""
     model = PRETRAINED[name]() if family == "pretrained" else _tiny(family, name)
     for module in model.modules():
-        for field in _DROPOUTS:
+        for field in _RANDOM:
             if isinstance(vars(module).get(field), float):
                 setattr(module, field, 0.0)
     return model.float().eval()
 
 
-_DROPOUTS = ("p", "dropout", "attention_dropout", "dropout_p", "activation_dropout", "layerdrop", "dropout_prob")
+_RANDOM = (
+    "p", "dropout", "attention_dropout", "dropout_p", "activation_dropout", "layerdrop", "dropout_prob",
+    "router_jitter_noise", "input_jitter_noise",  # experts are drawn among those that are this close
+)  # fmt: skip
 
 
 def _tiny(family: str, name: str) -> nn.Module:
