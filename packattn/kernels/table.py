@@ -20,6 +20,20 @@ class Tile(NamedTuple):
     num_stages: int
     width: int
 
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}/{self.num_warps}/{self.num_stages}/{self.width}"
+
+    @classmethod
+    def read(cls, text: str) -> "Tile":
+        """The tile that str() wrote.
+
+        >>> Tile.read("128x64/8/2/64")
+        Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, width=64)
+        """
+        return cls(*map(int, text.replace("x", "/").split("/")))
+
+
+Key = tuple[str, str, str, str, int]  # an entry of the table: family, pass, width of numbers, grouping, column
 
 # Head dims, as many columns as parts_of makes of them; a dim takes the next column that holds it.
 DIMS = (16, 32, 64, 96, 128, 160, 192, 256, 576)
@@ -95,13 +109,12 @@ _FAMILIES = {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
 FAMILIES = ("sm80", "sm86", "sm90", "sm100", "gfx9")
 
 
-def _read(rows: str) -> dict[tuple[str, str, str, str, int], Tile]:
+def _read(rows: str) -> dict[Key, Tile]:
     table = {}
     for line in rows.strip().splitlines()[1:]:
         family, kernel, dtype, group, *entries = line.split()
         for dim, entry in zip(DIMS, entries, strict=True):
-            blocks, *rest = entry.split("/")
-            table[family, kernel, dtype, group, dim] = Tile(*map(int, (*blocks.split("x"), *rest)))
+            table[family, kernel, dtype, group, dim] = Tile.read(entry)
     return table
 
 
@@ -117,11 +130,16 @@ def family(device: torch.device) -> str:
     return _FAMILIES.get(torch.cuda.get_device_capability(device), "sm86")
 
 
-def tile_for(family: str, kernel: str, dim: int, dtype: torch.dtype, group: int) -> Tile:
-    """The tile of a pass: "forward", "dq" or "dkdv"; dim is the larger head dim, at most LARGEST_HEAD_DIM."""
+def key_of(family: str, kernel: str, dim: int, dtype: torch.dtype, group: int) -> Key:
+    """The entry of a pass: "forward", "dq" or "dkdv"; dim is the larger head dim, at most LARGEST_HEAD_DIM."""
     column = next(wide for wide in DIMS if wide >= dim)
     bits = "32-bit" if dtype == torch.float32 else "16-bit"
-    return TABLE[family, kernel, bits, "alone" if group == 1 else "grouped", column]
+    return family, kernel, bits, "alone" if group == 1 else "grouped", column
+
+
+def tile_for(family: str, kernel: str, dim: int, dtype: torch.dtype, group: int) -> Tile:
+    """The tile of a pass, as in key_of."""
+    return TABLE[key_of(family, kernel, dim, dtype, group)]
 
 
 def parts_of(dim: int, width: int) -> tuple[int, ...]:
