@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from tiny_models import make, packed_row
 
 import packattn
 from benchmarks.compiled import GPUS
@@ -16,7 +17,6 @@ from packattn import PackedMask, attention
 from packattn.attention import PackedAttention
 from packattn.kernels import launch
 from packattn.selftest import Case, assert_accurate, check_accuracy, check_isolation, packed, run, truth_and_naive
-from tiny_models import make, packed_row
 
 
 def emulating(arch):

@@ -61,8 +61,10 @@ def _plan_of(q: Tensor, k: Tensor, v: Tensor) -> Plan:
 
 
 @torch.compiler.assume_constant_result  # a compiler cannot trace the question for the kind of the GPU
-def _rows(*shape: int, dtype: torch.dtype, device: torch.device) -> tuple[tuple[int, int], ...]:
-    return plan(*shape, dtype, device).rows
+def _rows(
+    heads_q: int, heads_k: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, int], ...]:
+    return plan(heads_q, heads_k, head_dim, head_dim_v, dtype, device).rows
 
 
 def launch_order(
@@ -73,10 +75,10 @@ def launch_order(
 
     Computed on the device, once for a mask; a launcher whose tile counts do not fit ignores it.
     """
-    made = _rows(heads_q, heads_k, head_dim, head_dim_v, dtype=dtype, device=k_start.device)
+    tiles = _rows(heads_q, heads_k, head_dim, head_dim_v, dtype, k_start.device)
     spans = ((k_start, k_end), (k_start, k_end), (q_start, q_end))
     orders = []
-    for (start, end), (rows, each) in zip(spans, made, strict=True):
+    for (start, end), (rows, each) in zip(spans, tiles, strict=True):
         first = torch.arange(0, start.shape[0] * each, rows, device=start.device)
         last = ((first + rows - 1) // each).clamp(max=start.shape[0] - 1)
         orders.append(torch.argsort(end[last] - start[first // each], descending=True, stable=True).int())
