@@ -183,11 +183,11 @@ def keeps_the_rules(key: Key, tile: Tile) -> bool:
     return True
 
 
-def chosen(job: tuple[Key, list[Tile]]) -> Tile:
-    """The first of the tiles that keeps the rules."""
-    key, tiles = job
+def chosen(job: tuple[Key, list[Tile], Tile | None]) -> Tile:
+    """The first of the tiles that keeps the rules, as the last of the job is known to do."""
+    key, tiles, known = job
     for tile in tiles:
-        if keeps_the_rules(key, tile):
+        if tile == known or keeps_the_rules(key, tile):
             return tile
     raise ValueError(f"{key}: every candidate must not break a rule of the gate, all {len(tiles)} do; add smaller ones")
 
@@ -232,11 +232,14 @@ def ranked(lines: list[dict[str, Any]], cells: list[Cell]) -> dict[Key, list[Til
 
 def fill(best_first: dict[Key, list[Tile]], processes: int) -> dict[Key, Tile]:
     """The first candidate of each entry that keeps the rules, in the rows of all families that take it."""
+    found: dict[Key, Tile] = {}
     with ProcessPoolExecutor(processes) as pool:
-        tiles = list(tqdm(pool.map(chosen, best_first.items()), total=len(best_first)))
-    return {
-        (family, *key[1:]): tile for key, tile in zip(best_first, tiles, strict=True) for family in families_of(key)
-    }
+        for label in ("grouped", "alone"):  # the gate has rows of the latter only where its tile is another
+            keys = [key for key in best_first if key[3] == label]
+            jobs = [(key, best_first[key], found.get((*key[:3], "grouped", key[4]))) for key in keys]
+            for key, tile in zip(keys, tqdm(pool.map(chosen, jobs), total=len(jobs)), strict=True):
+                found |= {(family, *key[1:]): tile for family in families_of(key)}
+    return found
 
 
 def time_candidates(device: torch.device, processes: int) -> dict[Key, Tile]:

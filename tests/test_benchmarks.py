@@ -119,11 +119,13 @@ def test_a_candidate_that_breaks_a_rule_of_the_gate_is_none(monkeypatch):
 
     monkeypatch.setattr(gate, "measure", measure)
     refused = [Tile.read(text) for text in (*faults, "16x16/4/1/64")]
-    assert tiles.chosen((key, [*refused, Tile(8, 8, 4, 1, 64), Tile(4, 4, 4, 1, 64)])) == Tile(8, 8, 4, 1, 64)
+    kept = Tile(8, 8, 4, 1, 64)
+    assert tiles.chosen((key, [*refused, kept, Tile(4, 4, 4, 1, 64)], None)) == kept
     assert {row.target for row in measured} == {80, 86, 89, 90, 100, 120}
     assert {row.head_dim for row in measured} == {40, 64}
     with pytest.raises(ValueError, match="must not break a rule of the gate, all 4 do"):
-        tiles.chosen((key, refused))
+        tiles.chosen((key, refused, None))
+    assert tiles.chosen((key, refused, refused[2])) == refused[2]
 
 
 def test_every_entry_of_the_launch_table_has_rows_in_the_gate():
