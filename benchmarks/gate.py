@@ -102,7 +102,6 @@ ALLOWED = (
         ("dq", "dkdv"), ("fp32",), range(257, 577), ("",), 3680, False,
         "gfx9 keeps both matrices in registers; float32 at these head dims is for checks, not for training",
     ),
-    Allowed(("delta",), HALF, range(65, 97), ("",), 24, False, "rows of 64 + 16 columns, twice; there is no loop"),
 )  # fmt: skip
 
 
