@@ -1,6 +1,7 @@
 """Compile a pass for any target without a GPU, and read what the compiler made: the evidence of the launch table."""
 
 import hashlib
+import inspect
 import io
 import re
 import subprocess
@@ -65,6 +66,7 @@ class Loop(NamedTuple):
     shuffles: int
     shared_stores: int
     wgmma: int
+    local: int  # loads and stores of spilled registers
     wavefronts: int  # of shared memory, 128 bytes each, without conflicts; 0 on AMD targets
 
 
@@ -83,11 +85,11 @@ class Report(NamedTuple):
 
 
 def source_hash() -> str:
-    """A hash of the kernels' code, comments and docstrings left out."""
+    """A hash of the kernels' code and of how a head dim becomes parts, comments and docstrings left out."""
     skipped = (tokenize.COMMENT, tokenize.NL)
     digest = hashlib.sha256()
-    for module in (tile_module, forward, backward):
-        source = Path(module.__file__).read_text()
+    modules = (Path(module.__file__).read_text() for module in (tile_module, forward, backward))
+    for source in (*modules, inspect.getsource(parts_of)):
         begins = True  # of a statement, where a string is a docstring
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type not in skipped and not (begins and token.type == tokenize.STRING):
@@ -211,6 +213,7 @@ def _loops(code: str, instruction: str, label: str, branch: str) -> tuple[Loop, 
                     r"\bSHFL|ds_bpermute",
                     r"(?<!LDG)STS\b|ds_write",
                     "HGMMA",
+                    r"\b(LDL|STL)\b|scratch_(load|store)",
                 )
             )
             loops.append(Loop(len(body), products, *counts, sum(map(_wavefronts, body))))

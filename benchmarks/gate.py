@@ -51,10 +51,14 @@ class Row(NamedTuple):
     feature: str
 
     @property
+    def key(self) -> table.Key:
+        """The entry of the launch table that it takes; delta takes its parts of the head dim from dQ."""
+        kernel, wide = "dq" if self.kernel == "delta" else self.kernel, max(self.head_dim, self.head_dim_v)
+        return table.key_of(GPUS[self.target].family, kernel, wide, DTYPES[self.dtype], self.group)
+
+    @property
     def tile(self) -> table.Tile:
-        family, wide = GPUS[self.target].family, max(self.head_dim, self.head_dim_v)
-        kernel = "forward" if self.kernel == "delta" else self.kernel
-        return table.tile_for(family, kernel, wide, DTYPES[self.dtype], self.group)
+        return table.TABLE[self.key]
 
 
 class Allowed(NamedTuple):
@@ -98,20 +102,24 @@ ALLOWED = (
         ("dq", "dkdv"), ("fp32",), range(257, 577), ("",), 3680, False,
         "gfx9 keeps both matrices in registers; float32 at these head dims is for checks, not for training",
     ),
-    Allowed(("delta",), HALF, range(65, 97), ("",), 24, False, "rows of 64 + 16 columns, twice; there is no loop"),
 )  # fmt: skip
 
 
 def rows() -> list[Row]:
-    """Every row, in the order of the CSV."""
+    """Every row, in the order of the CSV: one key head for a query head only where its tile is another."""
+    return [row for row in every_row() if row.group > 1 or row.tile != row._replace(group=4).tile]
+
+
+def every_row() -> list[Row]:
+    """The rows of any launch table."""
     found = []
     for target in GPUS:
         for kernel in PASSES:
             for dtype in ("bf16", "fp32"):
                 dims = [(dim, dim) for dim in (DELTA_DIMS if kernel == "delta" else HEAD_DIMS)]
                 for dim, dim_v in dims if kernel == "delta" else dims + list(UNEVEN):
-                    alone, grouped = (Row(target, kernel, dtype, dim, dim_v, group, "") for group in (1, 4))
-                    found += [grouped] if alone.tile == grouped.tile or kernel == "delta" else [alone, grouped]
+                    groups = (4,) if kernel == "delta" else (1, 4)
+                    found += [Row(target, kernel, dtype, dim, dim_v, group, "") for group in groups]
             found += [Row(target, kernel, "fp16", dim, dim, 4, "") for dim in (64, 128)]
             for feature, (kernels, _) in FEATURES.items():
                 if kernel in kernels:
@@ -125,17 +133,20 @@ def code_hash() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def measure(row: Row) -> dict[str, Any]:
-    """The figures of a row: bytes a thread, a block and counts of the main loop; of a kernel without loop, zeros."""
-    tile = row.tile
+def measure(row: Row, tile: table.Tile | None = None) -> dict[str, Any]:
+    """The figures of a row, with another tile than the table's if given.
+
+    Bytes a thread, bytes a block, and counts of the main loop; of a kernel without a loop, zeros.
+    """
+    tile = tile or row.tile
     kernel = compiled.compile_pass(
         row.kernel, row.target, DTYPES[row.dtype], tile, row.group, row.head_dim, row.head_dim_v,
         **(FEATURES[row.feature][1] if row.feature else {}),
     )  # fmt: skip
     report = compiled.report_of(kernel)
-    main = report.main if report.loops else compiled.Loop(0, 0, 0, 0, 0, 0, 0)
+    main = report.main if report.loops else compiled.Loop(*[0] * len(compiled.Loop._fields))
     return {
-        "tile": f"{tile.block_m}x{tile.block_n}/{tile.num_warps}/{tile.num_stages}/{tile.width}",
+        "tile": str(tile),
         "registers": report.registers,
         "spills": report.spills,
         "shared": report.shared,
@@ -153,12 +164,25 @@ def allowed(row: Row) -> Allowed | None:
     return None
 
 
+def across(target: int | str, counts: dict[str, Any]) -> list[str]:
+    """What shows that 16-bit products of a main loop lay warps along the head dim, by the counts of the loop."""
+    problems = []
+    if target in MMA_SYNC:
+        if counts["barriers"] > 3:
+            problems.append(f"{counts['barriers']} barriers in the main loop, allowed are 3")
+        if counts["shared_stores"]:
+            problems.append(f"{counts['shared_stores']} stores to shared memory in the main loop")
+    if target == 90 and not counts["wgmma"]:
+        problems.append("no wgmma in the main loop")
+    return problems
+
+
 def broken(row: Row, figures: dict[str, Any]) -> list[str]:
     """The rules that the figures of a row break."""
     problems = []
     half = row.dtype != "fp32"
-    products = row.kernel != "delta"
-    rows_of_tile = row.tile.block_n if row.kernel == "dkdv" else row.tile.block_m
+    tile = table.Tile.read(figures["tile"])
+    rows_of_tile = tile.block_n if row.kernel == "dkdv" else tile.block_m
     limit = GPUS[row.target].block_shared
     if figures["shared"] > limit:
         problems.append(f"{figures['shared']} bytes of shared memory, the device has {limit}")
@@ -170,14 +194,8 @@ def broken(row: Row, figures: dict[str, Any]) -> list[str]:
         most = 0
     if figures["spills"] > most:
         problems.append(f"{figures['spills']} bytes of spills a thread, allowed are {most}")
-    across = entry is not None and entry.across
-    if products and half and row.target in MMA_SYNC and not across:
-        if figures["barriers"] > 3:
-            problems.append(f"{figures['barriers']} barriers in the main loop, allowed are 3")
-        if figures["shared_stores"]:
-            problems.append(f"{figures['shared_stores']} stores to shared memory in the main loop")
-    if products and half and row.target == 90 and not across and not figures["wgmma"]:
-        problems.append("no wgmma in the main loop")
+    if half and row.kernel != "delta" and not (entry and entry.across):
+        problems += across(row.target, figures)
     return problems
 
 

@@ -23,8 +23,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import emulated, packs, plain
+from benchmarks.compiled import GPUS
 from packattn import PackedMask
 from packattn.kernels import launch
+from packattn.kernels.table import tile_for
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "ptxemu"))
 import ptx_bound
@@ -87,7 +89,7 @@ def profile_ours(
             return
         profile = Profile(kind)
         emulated.emulate(compiled, grid, names, values, profile=profile)
-        inner = {"dkdv": plan.split, "delta": profile.ctas}.get(kind, 1)
+        inner = {"dkdv": plan.split(len(k)), "delta": profile.ctas}.get(kind, 1)
         of_all_heads(profile, shape.heads_k, inner)
         lying = profile if kind == "delta" else as_they_lie(profile, orders[kind])
         profiles[kind] = profile, lying
@@ -98,7 +100,7 @@ def profile_ours(
         patch.object(launch, "_ENOUGH_PROGRAMS", launch._ENOUGH_PROGRAMS / shape.heads_k),
     ):
         heads = (q.shape[1], 1, shape.head_dim, shape.head_dim)
-        plan = launch.plan(q.shape[0], *heads, q.dtype, q.device)
+        plan = launch.plan(*heads, q.dtype, q.device)
         mask = mask._replace(order=launch.launch_order(*mask[:4], *heads, q.dtype))
         assert mask.order is not None
         orders = dict(zip(("forward", "dq", "dkdv"), mask.order.split(plan.tiles(len(q), len(q))), strict=True))
@@ -143,9 +145,7 @@ def conflicts(profile: Profile) -> float:
 
 def bytes_used(profile: Profile) -> float:
     """Share of the bytes of the touched sectors of global memory that was asked for."""
-    names = [
-        name.removesuffix(" sectors") for name in profile.counts if name.startswith("global") and "sectors" in name
-    ]
+    names = [name.removesuffix(" sectors") for name in profile.counts if name.endswith(" sectors")]  # cp.async too
     asked, touched = (sum(profile[f"{name} {what}"] for name in names) for what in ("bytes", "sectors"))
     return asked / (32 * touched)
 
@@ -163,6 +163,14 @@ def other_passes(tokens: int, shape: Shape, gpu: str) -> float:
     q, kv = shape.heads_q * shape.head_dim, shape.heads_k * shape.head_dim
     summed = 2 * (2 * q + 2 * kv) if shape.heads_q > shape.heads_k else 0
     return tokens * (4 * q + 4 * q + 6 * q + summed) / ptx_bound.GPUS[gpu].dram * 1e6
+
+
+def sum_of_shares(dkdv: Profile, tokens: int, shape: Shape, gpu: str) -> float:
+    """Microseconds of memory traffic to add the float32 shares of dk and dv, where dK/dV is split; else 0."""
+    tile = tile_for(GPUS[ARCHES[gpu]].family, "dkdv", shape.head_dim, torch.bfloat16, shape.heads_q // shape.heads_k)
+    split = dkdv.ctas // (-(-tokens // tile.block_n) * shape.heads_k)
+    numbers = tokens * shape.heads_k * 2 * shape.head_dim
+    return 0.0 if split == 1 else numbers * (4 * split + 2) / ptx_bound.GPUS[gpu].dram * 1e6
 
 
 def figures(profile: Profile, gpu: ptx_bound.GPU) -> dict[str, Any]:
@@ -212,6 +220,9 @@ def report(profiles: dict[Key, dict[str, Profile]], tokens: int) -> list[dict[st
                         f"{line['tensor']:8.0%}{line['bank']:7.2f}{line['bytes']:7.0%}{line['tiles']:7.1f}   {times}"
                     )
                     totals.setdefault(kind, []).append(line["microseconds"])
+                if "dkdv" in found and (shares := sum_of_shares(found["dkdv"], tokens, SHAPES[shape], gpu)):
+                    totals[kind].append(shares)
+                    print(f"{kind + ' sum of shares':24}{shares:8.1f} DRAM")
             if "plain" in totals:
                 others = other_passes(tokens, SHAPES[shape], gpu)
                 totals["plain"].append(others)

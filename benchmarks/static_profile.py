@@ -51,7 +51,7 @@ def profile(job: Job) -> dict[str, Any]:
     report = compiled.report_of(kernel)
     blocks = compiled.occupancy(report, tile.num_warps, job.target)
     return job._asdict() | {
-        "tile": f"{tile.block_m}x{tile.block_n}/{tile.num_warps}/{tile.num_stages}/{tile.width}",
+        "tile": str(tile),
         "registers": report.registers,
         "spills": report.spills,
         "shared": report.shared,

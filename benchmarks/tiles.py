@@ -14,25 +14,29 @@ hiding   how well resident warps hide latency: 0.5 + 0.125 * warps of a schedule
 For the head dims 64 and 128 of sm80 and sm86 the numerator is the bound of benchmarks/gpu_bound.py instead: the pass
 with the candidate runs in the PTX emulator on real lengths, ragged edges, prologues and the masked loop included.
 
-A candidate that does not fit is out; one that spills, stores to shared memory or waits at more than three barriers in
-the main loop (sm_80 to sm_89, sm_120), or misses wgmma (sm_90) pays a factor. With `--time` the candidates are run
-instead, interleaved, and the table gets the fastest.
+A row of the table gets the candidate of least cost that keeps the rules of the gate (benchmarks/gate.py) in every row
+that would take it. What the gate allows costs a factor all the same: spills in the main loop, and warps that lie along
+the head dim.
+With `--time` the candidates are run instead, interleaved, and the table gets the fastest that keeps the rules.
 """
 
 import argparse
 import json
 import re
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import triton
 from tqdm import tqdm
 
-from benchmarks import compiled, gpu_bound, packs, timing
-from packattn.kernels import table
-from packattn.kernels.table import DIMS, FAMILIES, TABLE, Tile
+from benchmarks import compiled, gate, gpu_bound, packs, timing
+from packattn.kernels import launch, table
+from packattn.kernels.table import DIMS, FAMILIES, TABLE, Key, Tile
 
 ARCHES: dict[str, int | str] = {"sm80": 80, "sm86": 86, "sm90": 90, "sm100": 100, "gfx9": "gfx942"}
 PASSES = ("forward", "dq", "dkdv")
@@ -68,7 +72,13 @@ def candidates(family: str, name: str, dtype: torch.dtype, dim: int) -> list[Til
         widths = [64]
     if family == "gfx9":  # AMD pipelines in registers: one stage less
         blocks = [(m, n, warps, min(stages, 2)) for m, n, warps, stages in blocks]
-    return list(dict.fromkeys(Tile(*block, width) for block in blocks for width in widths))
+    tiles = [Tile(*block, width) for block in blocks for width in widths]
+    if name == "dkdv" and family in ("sm80", "sm86") and dtype != torch.float32 and 32 < dim <= 128:
+        # Tiles of 32 keys: more programs, of less unequal length. With parts wider than the tile has keys, two warps
+        # would lie along the head dim.
+        small = [(16, 32, 2, 2), (16, 32, 2, 3), (32, 32, 2, 2)] if dim > 64 else [(16, 32, 1, 2), (32, 32, 1, 2)]
+        tiles += [Tile(*block, 32) for block in small]
+    return list(dict.fromkeys(tiles))
 
 
 @cache
@@ -95,7 +105,8 @@ def bounded(family: str, name: str, dim: int, tile: Tile) -> dict[str, float]:
         shape = gpu_bound.Shape(16 * group, 16, dim)
         found[label] = 0.0
         for set_name in gpu_bound.SETS:
-            with timing.with_tile(name, tile):
+            # Tiles are chosen for problems that are large enough not to be split.
+            with timing.with_tile(name, tile), patch.object(launch, "_ENOUGH_PROGRAMS", 0):
                 lengths = packs.draw(set_name, _EMULATED_TOKENS, 512)
                 profile, _ = gpu_bound.profile_ours(lengths, shape, int(ARCHES[family]), name)[name]
             for gpu, arch in gpu_bound.ARCHES.items():
@@ -118,7 +129,7 @@ def measure(job: tuple[Cell, Tile]) -> dict[str, Any]:
 
 
 def cost(line: dict[str, Any], group: int) -> float:
-    """Estimated cycles of a candidate for a useful pair, lower is better; infinite where it cannot run."""
+    """Estimated cycles of a candidate for a useful pair, lower is better; infinite where it does not compile."""
     if not line.get("loops"):
         return float("inf")
     family, name, tile = line["family"], line["pass"], Tile(*line["tile"])
@@ -126,14 +137,10 @@ def cost(line: dict[str, Any], group: int) -> float:
     gpu = compiled.GPUS[arch]
     loops = tuple(compiled.Loop(*loop) for loop in line["loops"])
     report = compiled.Report(line["registers"], line["spills"], line["shared"], loops)
-    blocks = compiled.occupancy(report, tile.num_warps, arch)
-    if report.shared > gpu.block_shared or not blocks:
-        return float("inf")
-    hiding = min(1.0, 0.5 + 0.125 * blocks * tile.num_warps / 4)
-    penalty = 1 + report.spills / 64
-    if family in ("sm80", "sm86") and (report.main.shared_stores or report.main.barriers > 3):
-        penalty *= 2
-    if family == "sm90" and line["dtype"] == "16-bit" and not report.main.wgmma:
+    hiding = min(1.0, 0.5 + 0.125 * compiled.occupancy(report, tile.num_warps, arch) * tile.num_warps / 4)
+    # An issue slot of one of four schedulers, and a wavefront of the L1 cache that they share.
+    penalty = 1 + 4 * report.main.local / report.main.instructions
+    if line["dtype"] == "16-bit" and gate.across(arch, report.main._asdict()):
         penalty *= 2
     if "bound" in line:
         label = next(label for label, size in GROUPS.items() if size == group)
@@ -153,16 +160,49 @@ def _bits(dtype: torch.dtype) -> str:
     return "32-bit" if dtype == torch.float32 else "16-bit"
 
 
-def search(
-    families: list[str], dims: list[int], processes: int, log: Path
-) -> dict[tuple[str, str, str, str, int], Tile]:
+def families_of(key: Key) -> tuple[str, ...]:
+    """The families that take the entry found for one of them.
+
+    float32 runs on plain FMA units, alike on all NVIDIA GPUs: the family with the least shared memory stands for all.
+    """
+    family, _, bits, _, _ = key
+    nvidia = tuple(other for other in FAMILIES if other != "gfx9")
+    return nvidia if bits == "32-bit" and family == "sm86" else (family,)
+
+
+def keeps_the_rules(key: Key, tile: Tile) -> bool:
+    """Whether every row of the gate that would take the entry keeps the gate's rules with this tile."""
+    keys = [(family, *key[1:]) for family in families_of(key)]
+    rows = [row for row in gate.every_row() if row.key in keys]
+    for row in sorted(rows, key=lambda row: (bool(row.feature), -row.head_dim)):  # those already compiled first
+        try:
+            if gate.broken(row, gate.measure(row, tile)):
+                return False
+        except Exception:  # what the compiler refuses breaks every rule
+            return False
+    return True
+
+
+def chosen(job: tuple[Key, list[Tile], Tile | None]) -> Tile:
+    """The first of the tiles that keeps the rules, as the last of the job is known to do."""
+    key, tiles, known = job
+    for tile in tiles:
+        if tile == known or keeps_the_rules(key, tile):
+            return tile
+    raise ValueError(f"{key}: every candidate must not break a rule of the gate, all {len(tiles)} do; add smaller ones")
+
+
+def log_code() -> str:
+    """What a line of the log was found with; it holds whatever the rows of the launch table are."""
+    return f"{compiled.source_hash()} triton {triton.__version__}"
+
+
+def search(families: list[str], dims: list[int], processes: int, log: Path) -> dict[Key, Tile]:
     """The best tile of every row of the table; what the log holds of the same code is not compiled again."""
-    # float32 runs on plain FMA units, alike on all NVIDIA GPUs: the family with the least shared memory stands for all.
     cells = [(f, n, torch.bfloat16, d) for f in families for n in PASSES for d in dims]
     cells += [(f, n, torch.float32, d) for f in families if f in ("sm86", "gfx9") for n in PASSES for d in dims]
     jobs = [(cell, tile) for cell in cells for tile in candidates(cell[0], *cell[1:])]
-    best: dict[tuple[str, str, str, str, int], tuple[float, Tile]] = {}
-    code = compiled.source_hash()
+    code = log_code()
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     known = [line for line in known if line["code"] == code]
     log.write_text("".join(json.dumps(line) + "\n" for line in known))
@@ -173,29 +213,39 @@ def search(
             known.append({"code": code} | line)
             lines.write(json.dumps(known[-1]) + "\n")
             lines.flush()
-    for line in known:
-        for label, group in GROUPS.items():
-            key = (line["family"], line["pass"], line["dtype"], label, line["dim"])
-            entry = (cost(line, group), Tile(*line["tile"]))
-            best[key] = min(best.get(key, entry), entry, key=lambda pair: pair[0])
-    found = {key: tile for key, (_, tile) in best.items()}
-    for family in families:
-        for name in PASSES:
-            for group in GROUPS:
-                for dim in dims:
-                    found.setdefault((family, name, "32-bit", group, dim), _shared_row(found, name, group, dim))
+    return fill(ranked(known, cells), processes)
+
+
+def ranked(lines: list[dict[str, Any]], cells: list[Cell]) -> dict[Key, list[Tile]]:
+    """The candidates of the cells in the log, of least cost first."""
+    costs: dict[Key, dict[Tile, float]] = defaultdict(dict)
+    for family, name, dtype, dim in cells:
+        tiles = candidates(family, name, dtype, dim)
+        for line in lines:
+            if (line["family"], line["pass"], line["dtype"], line["dim"]) == (family, name, _bits(dtype), dim):
+                for label, group in GROUPS.items():
+                    found = cost(line, group)
+                    if found < float("inf") and Tile(*line["tile"]) in tiles:
+                        costs[family, name, _bits(dtype), label, dim][Tile(*line["tile"])] = found
+    return {key: sorted(found, key=found.__getitem__) for key, found in costs.items()}
+
+
+def fill(best_first: dict[Key, list[Tile]], processes: int) -> dict[Key, Tile]:
+    """The first candidate of each entry that keeps the rules, in the rows of all families that take it."""
+    found: dict[Key, Tile] = {}
+    with ProcessPoolExecutor(processes) as pool:
+        for label in ("grouped", "alone"):  # the gate has rows of the latter only where its tile is another
+            keys = [key for key in best_first if key[3] == label]
+            jobs = [(key, best_first[key], found.get((*key[:3], "grouped", key[4]))) for key in keys]
+            for key, tile in zip(keys, tqdm(pool.map(chosen, jobs), total=len(jobs)), strict=True):
+                found |= {(family, *key[1:]): tile for family in families_of(key)}
     return found
 
 
-def _shared_row(found: dict[tuple[str, str, str, str, int], Tile], name: str, group: str, dim: int) -> Tile:
-    key = ("sm86", name, "32-bit", group, dim)
-    return found.get(key) or TABLE[key]
-
-
-def time_candidates(device: torch.device) -> dict[tuple[str, str, str, str, int], Tile]:
+def time_candidates(device: torch.device, processes: int) -> dict[Key, Tile]:
     """The fastest tile of each row of this GPU's family: medians of interleaved runs on real lengths."""
     family = table.family(device)
-    found = {}
+    best_first = {}
     for name in PASSES:
         for dtype in (torch.bfloat16, torch.float32):
             for dim in DIMS:
@@ -203,11 +253,11 @@ def time_candidates(device: torch.device) -> dict[tuple[str, str, str, str, int]
                     tiles = candidates(family, name, dtype, dim)
                     seconds = timing.time_tiles(device, name, dtype, dim, group, tiles)
                     if seconds:
-                        found[family, name, _bits(dtype), label, dim] = min(seconds, key=seconds.__getitem__)
-    return found
+                        best_first[family, name, _bits(dtype), label, dim] = sorted(seconds, key=seconds.__getitem__)
+    return {key: tile for key, tile in fill(best_first, processes).items() if key in best_first}
 
 
-def write(found: dict[tuple[str, str, str, str, int], Tile]) -> None:
+def write(found: dict[Key, Tile]) -> None:
     """Put the rows into packattn/kernels/table.py; rows that were not searched stay as they are."""
     merged = dict(TABLE) | found
     lines = [f"{'family':6} {'pass':7} {'dtype':6} {'group':7} " + " ".join(f"{dim:>15}" for dim in DIMS)]
@@ -215,9 +265,7 @@ def write(found: dict[tuple[str, str, str, str, int], Tile]) -> None:
         for name in PASSES:
             for bits in ("16-bit", "32-bit"):
                 for group in GROUPS:
-                    tiles = (merged[family, name, bits, group, dim] for dim in DIMS)
-                    entries = (f"{t.block_m}x{t.block_n}/{t.num_warps}/{t.num_stages}/{t.width}" for t in tiles)
-                    row = " ".join(f"{entry:>15}" for entry in entries)
+                    row = " ".join(f"{merged[family, name, bits, group, dim]!s:>15}" for dim in DIMS)
                     lines.append(f"{family:6} {name:7} {bits:6} {group:7} {row}")
     path = Path(table.__file__)
     rows = "\n".join(lines) + "\n"
@@ -235,7 +283,7 @@ def main() -> None:
     options = parser.parse_args()
     options.log.parent.mkdir(parents=True, exist_ok=True)
     if options.time:
-        write(time_candidates(torch.device("cuda")))
+        write(time_candidates(torch.device("cuda"), options.processes))
     else:
         write(search(options.families, options.dims, options.processes, options.log))
 

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compiled, emulated, flex_template, gpu_bound, packs, tile_picture, tiles, timing, work_efficiency
+from benchmarks import (
+    compiled,
+    emulated,
+    flex_template,
+    gate,
+    gpu_bound,
+    packs,
+    tile_picture,
+    tiles,
+    timing,
+    work_efficiency,
+)
 from packattn import PackedMask
 from packattn.kernels import launch
 from packattn.kernels.table import DIMS, FAMILIES, TABLE, Tile, parts_of
@@ -89,7 +100,57 @@ def test_tiles_are_timed_through_the_launchers(monkeypatch, capsys):
     assert list(found) == [good]
     assert found[good] > 0
     assert {"_fwd_kernel", "_bwd_dq_kernel"} <= set(seen)
-    assert "dq Tile(block_m=48" in capsys.readouterr().out
+    assert "dq 48x32/4/1/64 left out" in capsys.readouterr().out
+
+
+def test_a_candidate_that_breaks_a_rule_of_the_gate_is_none(monkeypatch):
+    key = ("sm86", "dq", "32-bit", "grouped", 64)
+    good = {"spills": 0, "shared": 0, "blocks": 1, "barriers": 0, "shared_stores": 0, "wgmma": 0}
+    faults = {"64x64/4/1/64": {"shared": 10**6}, "32x64/4/1/64": {"blocks": 0}, "32x32/4/1/64": {"spills": 33}}
+    measured = []
+
+    def measure(row, tile):
+        measured.append(row)
+        if str(tile) == "16x16/4/1/64":
+            raise ValueError("what the compiler refuses")
+        # Rules hold for every target that takes the entry: here the last breaks one.
+        fault = faults.get(str(tile), {}) if row.target == 120 else {}
+        return {"tile": str(tile)} | good | fault
+
+    monkeypatch.setattr(gate, "measure", measure)
+    refused = [Tile.read(text) for text in (*faults, "16x16/4/1/64")]
+    kept = Tile(8, 8, 4, 1, 64)
+    assert tiles.chosen((key, [*refused, kept, Tile(4, 4, 4, 1, 64)], None)) == kept
+    assert {row.target for row in measured} == {80, 86, 89, 90, 100, 120}
+    assert {row.head_dim for row in measured} == {40, 64}
+    with pytest.raises(ValueError, match="must not break a rule of the gate, all 4 do"):
+        tiles.chosen((key, refused, None))
+    assert tiles.chosen((key, refused, refused[2])) == refused[2]
+
+
+def test_every_entry_of_the_launch_table_has_rows_in_the_gate():
+    assert {row.key for row in gate.every_row()} == set(TABLE)
+
+
+def test_the_log_of_the_search_is_ranked_by_cost():
+    cell = ("sm80", "dkdv", torch.bfloat16, 128)
+    first, second, third, other = tiles.candidates(*cell)[:4]
+
+    def line(tile, **figures):
+        loops = [[100, 64, 2, 0, 0, 0, figures.pop("local", 0), 100]]
+        line = {"family": "sm80", "pass": "dkdv", "dtype": "16-bit", "dim": 128, "tile": list(tile)}
+        return line | {"registers": 128, "spills": 0, "shared": 1024, "loops": loops} | figures
+
+    lines = [
+        line(first, bound={"alone": 3.0, "grouped": 1.0}),
+        line(second, bound={"alone": 1.0, "grouped": 3.0}, local=300),  # spills in the loop: 13 times the cost
+        line(third, bound={"alone": 2.0, "grouped": 2.0}),
+        {"family": "sm80", "pass": "dkdv", "dtype": "16-bit", "dim": 128, "tile": list(other), "error": "refused"},
+        line(Tile(1, 1, 1, 1, 1), bound={"alone": 0.0, "grouped": 0.0}),  # of an older search
+    ]
+    found = tiles.ranked(lines, [cell])
+    assert found["sm80", "dkdv", "16-bit", "grouped", 128] == [first, third, second]
+    assert found["sm80", "dkdv", "16-bit", "alone", 128] == [third, first, second]
 
 
 def test_a_searched_row_is_written_where_it_belongs(tmp_path, monkeypatch):

@@ -8,11 +8,12 @@ from functools import partial
 
 import pytest
 import torch
+from tiny_models import make, packed_row
 
 import packattn
 from benchmarks.compiled import GPUS
 from benchmarks.emulated import KERNELS, emulate, launches
-from packattn import PackedMask
+from packattn import PackedMask, attention
 from packattn.attention import PackedAttention
 from packattn.kernels import launch
 from packattn.selftest import Case, assert_accurate, check_accuracy, check_isolation, packed, run, truth_and_naive
@@ -207,7 +208,7 @@ def test_the_order_of_the_tiles_is_by_work_and_changes_no_bit(emulator):
     lengths = [10, 200, 3, 60]
     mask = PackedMask.causal(lengths=lengths)
     order = launch.launch_order(*mask[:4], 2, 1, 16, 16, torch.bfloat16)
-    plan = launch.plan(273, 2, 1, 16, 16, torch.bfloat16, torch.device("cpu"))
+    plan = launch.plan(2, 1, 16, 16, torch.bfloat16, torch.device("cpu"))
     spans = (mask[:2], mask[:2], mask[2:4])
     for tiles, (rows, each), (start, end) in zip(order.split(plan.tiles(273, 273)), plan.rows, spans, strict=True):
         assert sorted(tiles.tolist()) == list(range(-(-273 * each // rows)))
@@ -224,12 +225,56 @@ def test_the_order_of_the_tiles_is_by_work_and_changes_no_bit(emulator):
         assert all(torch.equal(a, b) for a, b in zip(results[0], ordered, strict=True))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiler_traces_the_order_into_its_one_graph(monkeypatch, dynamic):
+    monkeypatch.setattr(attention, "default_backend", lambda device, dtype: "triton")
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def order(position_ids):
+        mask = PackedMask.causal(packattn.boundaries(position_ids))
+        return packattn.schedule(mask, heads_q=6, heads_k=2, head_dim=64, dtype=torch.bfloat16).order
+
+    compiled = torch.compile(order, fullgraph=True, backend=count, dynamic=dynamic)
+    for lengths in ([300, 50, 70], [420], [30] * 14):
+        position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+        assert torch.equal(compiled(position_ids), order(position_ids))
+    assert len(graphs) == 1
+
+
+def test_a_compiled_model_orders_its_tiles(monkeypatch):
+    graphs = []
+
+    class Traced(Exception):
+        pass
+
+    def keep(graph, inputs):
+        def run(*_):
+            raise Traced
+
+        graphs.append(graph)
+        return run
+
+    torch._dynamo.reset()
+    model, batch = make("llama"), packed_row("llama", [7, 33])
+    with packattn.patch(model), torch.no_grad():
+        monkeypatch.setattr(attention, "default_backend", lambda device, dtype: "triton")
+        with pytest.raises(Traced):
+            torch.compile(model, fullgraph=True, backend=keep)(**batch, use_cache=False)
+    (graph,) = graphs
+    assert sum("argsort" in str(node.target) for node in graph.graph.nodes) == 3  # forward, dQ and dK/dV
+
+
 def test_a_small_problem_is_split_over_the_heads_of_a_group(emulator, monkeypatch):
     case = Case("group of 6", [40, 30], heads_q=6, heads_k=1, head_dim=32)
     splits = []
     for enough in (1, 4, 256):
         monkeypatch.setattr(launch, "_ENOUGH_PROGRAMS", enough)
-        splits.append(launch.plan(70, 6, 1, 32, 32, torch.bfloat16, torch.device("cpu")).split)
+        splits.append(launch.plan(6, 1, 32, 32, torch.bfloat16, torch.device("cpu")).split(70))
         check_accuracy(case, "triton", torch.bfloat16, "cpu")
     assert splits[0] == 1
     assert splits[0] < splits[1] <= splits[2] == 6

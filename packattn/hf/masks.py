@@ -138,9 +138,9 @@ def _ordered(
 ) -> PackedMask:
     """The mask with the launch order of its GPU tiles for most layers of a model; others ignore an order of theirs.
 
-    The order changes no result. A compiler would trace the question for the GPU's kind, so compiled models go without.
+    The order changes no result. A fake tensor is on no GPU that could be asked for its kind.
     """
-    if config is None or torch.compiler.is_compiling() or type(mask.k_start) is not Tensor:
+    if config is None or type(mask.k_start) is not Tensor:
         return mask
     device = mask.k_start.device.type
     if torch.is_autocast_enabled(device):

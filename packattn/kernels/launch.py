@@ -14,20 +14,21 @@ from packattn.kernels.forward import _fwd_kernel
 from packattn.kernels.table import LARGEST_HEAD_DIM, Tile, family, parts_of, tile_for
 
 _DELTA_ROWS = 64
-# A grid below this many programs leaves a data-centre GPU (108 to 148 multiprocessors, two programs each) idle.
-_ENOUGH_PROGRAMS = 256
+# Four programs for each of 128 multiprocessors. With fewer, a GPU waits for the longest; beyond, passes over the shares
+# of dk and dv cost more than they save where sequences are short.
+_ENOUGH_PROGRAMS = 512
 # Rows of a tile, at most 128, are 32-bit offsets from its first.
 _STRIDE_LIMIT = 2**31 // 128
 
 
 class Plan(NamedTuple):
-    """What a launch of each pass looks like, from shapes alone: tiles, tokens a tile, and the split of dK/dV."""
+    """What a launch of each pass looks like, from shapes alone: tiles, rows of a tile, and the split of dK/dV."""
 
     forward: Tile
     dq: Tile
     dkdv: Tile
     group: int
-    split: int
+    heads_k: int
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:
@@ -41,19 +42,29 @@ class Plan(NamedTuple):
         )
         return forward, dq, dkdv
 
+    def split(self, tokens_k: int) -> int:
+        """Programs of a tile of dK/dV, each with as many of the query heads."""
+        programs = triton.cdiv(max(tokens_k, 1), self.dkdv.block_n) * self.heads_k
+        whole = (n for n in range(1, self.group) if self.group % n == 0)
+        return next((n for n in whole if programs * n >= _ENOUGH_PROGRAMS), self.group)
 
-def plan(tokens_k: int, heads_q: int, heads_k: int, head_dim: int, head_dim_v: int, dtype: torch.dtype,
-         device: torch.device) -> Plan:  # fmt: skip
-    """The plan of a problem; it does not depend on the lengths of the sequences."""
+
+def plan(heads_q: int, heads_k: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan of a problem; it depends neither on the tokens nor on the lengths of the sequences."""
     group, dim, gpu = heads_q // heads_k, max(head_dim, head_dim_v), family(device)
     forward_tile, dq_tile, dkdv_tile = (tile_for(gpu, name, dim, dtype, group) for name in ("forward", "dq", "dkdv"))
-    programs = triton.cdiv(max(tokens_k, 1), dkdv_tile.block_n) * heads_k
-    split = next((n for n in range(1, group) if group % n == 0 and programs * n >= _ENOUGH_PROGRAMS), group)
-    return Plan(forward_tile, dq_tile, dkdv_tile, group, split)
+    return Plan(forward_tile, dq_tile, dkdv_tile, group, heads_k)
 
 
 def _plan_of(q: Tensor, k: Tensor, v: Tensor) -> Plan:
-    return plan(k.shape[0], q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, q.device)
+    return plan(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, q.device)
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot trace the question for the kind of the GPU
+def _rows(
+    heads_q: int, heads_k: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, int], ...]:
+    return plan(heads_q, heads_k, head_dim, head_dim_v, dtype, device).rows
 
 
 def launch_order(
@@ -64,10 +75,10 @@ def launch_order(
 
     Computed on the device, once for a mask; a launcher whose tile counts do not fit ignores it.
     """
-    made = plan(q_start.shape[0], heads_q, heads_k, head_dim, head_dim_v, dtype, k_start.device)
+    tiles = _rows(heads_q, heads_k, head_dim, head_dim_v, dtype, k_start.device)
     spans = ((k_start, k_end), (k_start, k_end), (q_start, q_end))
     orders = []
-    for (start, end), (rows, each) in zip(spans, made.rows, strict=True):
+    for (start, end), (rows, each) in zip(spans, tiles, strict=True):
         first = torch.arange(0, start.shape[0] * each, rows, device=start.device)
         last = ((first + rows - 1) // each).clamp(max=start.shape[0] - 1)
         orders.append(torch.argsort(end[last] - start[first // each], descending=True, stable=True).int())
@@ -194,17 +205,18 @@ def backward(
             )  # fmt: skip
         if tokens_k > 0:
             # The second stage: each share of a group's heads has a float32 copy of dk and dv, added in fixed order.
-            shares = (dk, dv) if made.split == 1 else tuple(
-                x.new_empty(made.split, *x.shape, dtype=torch.float32) for x in (dk, dv)
+            split = made.split(tokens_k)
+            shares = (dk, dv) if split == 1 else tuple(
+                x.new_empty(split, *x.shape, dtype=torch.float32) for x in (dk, dv)
             )  # fmt: skip
             (dks, dkt, dkh), (dvs, dvt, dvh) = ((0, *x.stride())[-4:-1] for x in shares)
-            _bwd_dkdv_kernel[(made.tiles(tokens, tokens_k)[2] * heads_k * made.split,)](
+            _bwd_dkdv_kernel[(made.tiles(tokens, tokens_k)[2] * heads_k * split,)](
                 dk_ptr=shares[0], dv_ptr=shares[1], q_start_ptr=q_start, q_end_ptr=q_end, order_ptr=tiles_k,
                 stride_dks=dks, stride_dkt=dkt, stride_dkh=dkh, stride_dvs=dvs, stride_dvt=dvt, stride_dvh=dvh,
-                SPLIT=made.split, HAS_ORDER=tiles_k is not None, **saved, **shared,
+                SPLIT=split, HAS_ORDER=tiles_k is not None, **saved, **shared,
                 **_tile_options(made.dkdv, shared),
             )  # fmt: skip
-            if made.split > 1:
+            if split > 1:
                 dk, dv = (share.sum(0).to(k.dtype) for share in shares)
     if sinks is None:
         return dq, dk, dv, q.new_empty(0, dtype=torch.float32)
