@@ -146,6 +146,15 @@ def given_sequences(arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:
     return next(iter(found.values()), None)
 
 
+def own_positions(tokens: Tensor, attention_mask: Any) -> Tensor:
+    """Positions, from 0, of rows that are one sequence each: int64 (rows, n) or (1, n), counted from the first token
+    that is not padding."""
+    index = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    if not isinstance(attention_mask, Tensor):
+        return index
+    return (index - (attention_mask != 0).int().argmax(1, keepdim=True)).clamp(min=0)
+
+
 def text_positions(planes: Tensor, given: Tensor | None, text_first: bool) -> Tensor:
     """Which positions say where the sequences lie, among several planes of them (M-RoPE).
 
@@ -178,4 +187,18 @@ def agree(position_ids: Tensor, given: Tensor, attention_mask: Any) -> None:
         right.all(),
         "seq_idx or cu_seq_lens begin other sequences than position_ids, which begin one wherever a position is not "
         "the previous one + 1. Let them agree, or leave one of them out.",
+    )
+
+
+def same_sequences(inner: Any, outer: Tensor, attention_mask: Any) -> None:
+    """Assert on the device that a model around the layers hands on positions of the sequences that it was given."""
+    if not isinstance(inner, Tensor) or inner.ndim != 2 or inner.shape[1] != outer.shape[1]:
+        return
+    right = (inner.diff(dim=1) == 1) == (outer.diff(dim=1) == 1)
+    if isinstance(attention_mask, Tensor):
+        right = right | (attention_mask[:, 1:] == 0) | (attention_mask[:, :-1] == 0)
+    torch._assert_async(
+        right.all(),
+        "the model hands position_ids to its layers that begin other sequences than those that it was called with. "
+        "Give it the position_ids of the packed row, or call packattn.patch on the model inside.",
     )

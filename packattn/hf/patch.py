@@ -171,7 +171,7 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
             restore.append(_wrap(module, plan, kind))
     restore += [_wrap(entry, plan, "equal") for entry in plan.entries if plan.by_length(entry)]
     for module in dict.fromkeys([*plan.entries, *builders]):
-        restore.append(module.register_forward_hook(Leave(), always_call=True).remove)
+        restore.append(module.register_forward_hook(Leave(plan), always_call=True).remove)
 
 
 def _set_implementation(config: PreTrainedConfig, name: str) -> Callable[[], None]:
