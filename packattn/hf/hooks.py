@@ -1,11 +1,10 @@
-"""The hooks and wrappers that `patch` puts on a model: module-level callables, so that a patched model can be pickled.
+"""The hooks that `patch` puts on a model: module-level callables, so that a patched model can be pickled.
 
 A call of the model goes through `Enter` (what came, where the sequences lie), `Carry` on the module that builds masks,
 `Mark` on every attention layer, `Check` when the layers are done and `Leave`. Under torch.compile, where no host value
 is needed, only `Carry` is traced, and works from the arguments of its own module.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from packattn.hf.inputs import (
     agree,
@@ -24,12 +24,14 @@ from packattn.hf.inputs import (
     holds_tokens,
     is_prepared,
     no_restarts,
+    one_sequence_a_row,
+    own_positions,
+    same_sequences,
     text_positions,
 )
-from packattn.hf.layout import Group, Layout, by_group
+from packattn.hf.layout import Layout
 from packattn.hf.masks import Carried, carry
-from packattn.hf.plan import Plan, one_logit_a_row
-from packattn.hf.rope import forget
+from packattn.hf.plan import Plan, finds_last_by_padding, one_logit_a_row
 from packattn.hf.running import RUNNING, SUSPENDED, Running
 from packattn.mask import PackedMask
 
@@ -84,13 +86,13 @@ def _enter(
             "Use DistributedDataParallel."
         )
     arguments = dict(zip(hook.names, args, strict=False)) | kwargs
-    running = Running(plan=hook.plan, owner=module, before=before)
-    RUNNING.set(running)
     tokens = arguments.get("input_ids")
     if tokens is None:
         tokens = arguments.get("inputs_embeds")
     if not isinstance(tokens, Tensor):
-        return None  # the model's own error says that it needs one of them
+        return None  # arguments of other names: what comes in is seen where they reach the model inside
+    running = Running(plan=hook.plan, owner=module, before=before)
+    RUNNING.set(running)
     if not prepare(running, arguments, tokens):
         return None
     if running.layout is not None and one_logit_a_row(module):
@@ -114,14 +116,14 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     position_ids, attention_mask = arguments.get("position_ids"), arguments.get("attention_mask")
     cache = cache_of(arguments)
     if holds_tokens(cache) or (cache is not None and is_prepared(attention_mask)):
-        no_restarts(position_ids, attention_mask, tokens)
+        for positions in (position_ids, given_sequences(arguments, tokens)):
+            no_restarts(positions, attention_mask, tokens)
         return False
     check(tokens, position_ids, attention_mask)
     given, plan = given_sequences(arguments, tokens), running.plan
     first = plan.first_position if plan is not None else 0
     if position_ids is None:
-        position_ids = given if given is not None else torch.arange(tokens.shape[1], device=tokens.device)[None]
-        position_ids = position_ids + first
+        position_ids = (given if given is not None else own_positions(tokens, attention_mask)) + first
     elif position_ids.ndim == 3:
         position_ids = text_positions(position_ids, given, plan is not None and plan.text_plane)
     elif first:
@@ -130,6 +132,12 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
         agree(position_ids, given, attention_mask)
     running.position_ids, running.real = position_ids.expand(tokens.shape[0], -1), attention_mask
     running.packed = True
+    if arguments.get("start_positions") is not None or arguments.get("end_positions") is not None:
+        torch._assert_async(
+            one_sequence_a_row(running.position_ids, attention_mask).all(),
+            "start_positions and end_positions ask for a loss over the tokens of a whole row, across the packed "
+            "sequences. Leave them out, and compute the loss of each sequence from the logits.",
+        )
     if running.plan is not None and running.plan.needs_layout:
         layout = Layout.of(running.position_ids, attention_mask)
         if layout.packed:
@@ -145,12 +153,17 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
     assert layout is not None
     (group,) = layout.one
     assert isinstance(module, PreTrainedModel)
+    if arguments.get("input_ids") is None and len(set(layout.lengths)) > 1 and finds_last_by_padding(module):
+        raise NotImplementedError(
+            f"{type(module).__name__} finds the last token of a sequence by its padding token, which inputs_embeds do "
+            "not tell. Pass input_ids, or sequences of one length."
+        )
     pad = getattr(module.config.get_text_config(), "pad_token_id", None) or 0
     for name, value in list(arguments.items()):
         if name == "input_ids" and value is not None:
             arguments[name] = group.take(value, pad)
         elif name not in ("labels", "attention_mask"):
-            arguments[name] = group.argument(name, value)
+            arguments[name] = group.argument(name, value, whole=True)
     arguments["attention_mask"] = group.real.long()
     running.position_ids = group.take(running.position_ids) if running.position_ids is not None else None
     running.real, running.layout = group.real.long(), None
@@ -164,14 +177,41 @@ def _check_labels(labels: Any, sequences: int) -> None:
         )
 
 
+@dataclass
 class Leave:
     """Forward hook that ends what `Enter` began, also after an error."""
 
+    plan: Plan
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            running = RUNNING.get()
-            if running is not None and running.owner is module:
-                RUNNING.set(running.before)
+            _leave(module, output)
+        elif self.plan.needs_layout:
+            _leave_untraced(module, output)
+
+
+def _leave(module: nn.Module, output: Any) -> None:
+    running = RUNNING.get()
+    if running is not None and running.owner is module:
+        _no_result_of_a_packed_row(running, output)
+        RUNNING.set(running.before)
+
+
+def _no_result_of_a_packed_row(running: Running, output: Any) -> None:
+    """Make a pooler_output NaN where it is one vector of a row that holds several sequences.
+
+    Poolers that are modules of their own give one of each sequence; ALBERT, DPR and CLIP have none.
+    """
+    pooled = output.get("pooler_output") if isinstance(output, ModelOutput) else None
+    if pooled is None or not running.packed or running.layout is not None or running.position_ids is None:
+        return
+    if running.plan is None or any(kind == "one" for _, _, kind in running.plan.by_sequence):
+        return
+    single = one_sequence_a_row(running.position_ids, running.real)
+    output.pooler_output = torch.where(single[:, None], pooled, float("nan"))
+
+
+_leave_untraced: Callable[..., None] = torch.compiler.disable(_leave)  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -187,6 +227,8 @@ class Carry:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         compiling = torch.compiler.is_compiling() and not self.plan.needs_layout
         running = None if compiling else RUNNING.get()
+        if module.training and self.plan.needs_layout:
+            _keep_running_in_checkpoints(module)
         if running is SUSPENDED:
             return None
         if module.config._attn_implementation != NAME:
@@ -215,14 +257,13 @@ class Carry:
             raise NotImplementedError(
                 "encoder_hidden_states: cross-attention of a packed row is not supported by packattn. Remove the patch."
             )
+        same_sequences(arguments.get("position_ids"), running.position_ids, running.real)
         carried = carry(running.position_ids, running.real, tokens.shape[0])
         arguments["attention_mask"] = Carried(carried) if self.four else carried
         if running.real is not None and module is self.plan.builders[-1][1]:
             arguments["input_ids"] = _without_padding_token(module, arguments.get("input_ids"), running.real)
         if "position_ids" in self.names and arguments.get("position_ids") is None:
             arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
-        if running.layout is not None and module.training:
-            _keep_layout_in_checkpoints(module, running)
         return (), arguments
 
 
@@ -255,21 +296,19 @@ def holds_masks(attention_mask: Any) -> bool:
     return isinstance(attention_mask, (PackedMask, Carried))
 
 
-def _keep_layout_in_checkpoints(module: nn.Module, running: Running) -> None:
-    """Recomputation runs outside of the forward: it gets this forward's layout along with its arguments."""
+def _keep_running_in_checkpoints(module: nn.Module) -> None:
+    """Recomputation runs outside of the forward: it gets what its forward knew along with its arguments."""
     for layer in module.modules():
         function = getattr(layer, "_gradient_checkpointing_func", None)
-        if function is not None:
-            while isinstance(function, partial) and function.func is _checkpoint:
-                (function, _) = function.args
-            layer._gradient_checkpointing_func = partial(_checkpoint, function, running)  # type: ignore[assignment]
+        if function is not None and not (isinstance(function, partial) and function.func is _checkpoint):
+            layer._gradient_checkpointing_func = partial(_checkpoint, function)  # type: ignore[assignment]
 
 
-def _checkpoint(function: Callable[..., Any], running: Running, call: Callable[..., Any], *args: Any) -> Any:
-    return function(partial(_under, running, call), *args)
+def _checkpoint(function: Callable[..., Any], call: Callable[..., Any], *args: Any) -> Any:
+    return function(partial(_under, RUNNING.get(), call), *args)
 
 
-def _under(running: Running, call: Callable[..., Any], *args: Any) -> Any:
+def _under(running: Running | None, call: Callable[..., Any], *args: Any) -> Any:
     token = RUNNING.set(running)
     try:
         return call(*args)
@@ -304,77 +343,3 @@ class Check:
                 "not isolated there. Something replaced the attention after packattn.patch: apply it before, or leave "
                 "it out."
             )
-
-
-def by_sequence(
-    module: nn.Module, before: Callable[..., Any] | None, plan: Plan, kind: str, *args: Any, **kwargs: Any
-) -> Any:
-    """The forward of a layer that runs on one row per sequence while a packed batch goes through the model."""
-    forward = before if before is not None else partial(type(module).forward, module)
-    if torch.compiler.is_compiling():
-        return _disabled(forward, module, plan, kind, args, kwargs)
-    return _by_sequence(forward, module, plan, kind, args, kwargs)
-
-
-def _by_sequence(
-    forward: Callable[..., Any], module: nn.Module, plan: Plan, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    running = RUNNING.get()
-    if running is None and torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            f"{type(module).__name__} was recomputed in the backward pass without the boundaries of its packed rows. "
-            "Checkpoint by model.gradient_checkpointing_enable(), which packattn knows."
-        )
-    layout = running.layout if running is not None and running is not SUSPENDED else None
-    if running is not None and running.packed:
-        forget(module)
-    if layout is None:
-        return forward(*args, **kwargs)
-    if kind != "one":
-        _no_sharded_layers(module)
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    arguments = dict(zip(names, args, strict=False)) | kwargs
-    if isinstance(module, PreTrainedModel) and "use_cache" in names:
-        arguments["use_cache"] = False
-    if arguments.get("encoder_hidden_states") is not None:
-        raise NotImplementedError(
-            "encoder_hidden_states: cross-attention of a packed row is not supported by packattn. Remove the patch."
-        )
-    labels = arguments.pop("labels", None) if plan.by_length(module) else None
-    if isinstance(labels, Tensor) and not labels.dtype.is_floating_point:
-        # The loss of each group is put together by its number of sequences.
-        torch._assert_async((labels != -100).all(), "labels of packed sequences must not be ignored (-100).")
-
-    def call(group: Group) -> Any:
-        token = RUNNING.set(SUSPENDED)
-        try:
-            # Positional arguments stay so: reentrant checkpointing gives no gradient to others.
-            given = {name: group.argument(name, value) for name, value in arguments.items()}
-            positional = [given.pop(name) for name in names[: len(args)] if name in given]
-            if labels is not None:
-                given["labels"] = labels[group.members]
-            for inner in module.modules():
-                forget(inner)
-            return forward(*positional, **given)
-        finally:
-            RUNNING.reset(token)
-
-    return by_group(layout, plan.groups(layout, kind), call)
-
-
-_disabled: Callable[..., Any] = torch.compiler.disable(_by_sequence)  # type: ignore[no-untyped-call]
-
-
-def _no_sharded_layers(module: nn.Module) -> None:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    by = []
-    if any(type(m).__name__.startswith(("FSDP", "FullySharded")) for m in module.modules()):
-        by.append("FSDP")
-    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-        by.append("DeepSpeed ZeRO-3")
-    if by and torch.distributed.get_world_size() > 1:
-        raise NotImplementedError(
-            f"{type(module).__name__} runs one row per sequence, so often on each rank as there are lengths, which "
-            f"would hang sharded layers ({by[0]}). packattn supports it with DistributedDataParallel."
-        )

@@ -48,10 +48,12 @@ def is_prepared(attention_mask: Any) -> bool:
 def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
     """Assert on the device that a forward over a cache is not packed."""
     n = tokens.shape[1]
-    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or n == 1 or is_prepared(attention_mask):
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or n == 1:
         return
     whole = position_ids.diff(dim=1) == 1
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] >= n:
+    if is_prepared(attention_mask):  # where padding lies is not known: it may stand before the tokens
+        whole = whole | (whole.cumsum(1) == 0)
+    elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] >= n:
         real = attention_mask[:, :n] if attention_mask.shape[1] == n else attention_mask[:, -n:]
         whole = whole | (real[:, 1:] == 0) | (real[:, :-1] == 0)
     torch._assert_async(
@@ -59,6 +61,15 @@ def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
         "position_ids restart in a forward over a cache that is static or holds tokens: packattn isolates packed rows "
         "in forwards without one. Leave out the cache (past_key_values), or give one sequence a row.",
     )
+
+
+def one_sequence_a_row(position_ids: Tensor, attention_mask: Any) -> Tensor:
+    """Whether a row holds no more than one sequence: bool (rows,)."""
+    whole = position_ids.diff(dim=1) == 1
+    if isinstance(attention_mask, Tensor):
+        real = attention_mask != 0
+        whole = whole | ~real[:, 1:] | ~real[:, :-1]
+    return whole.all(1)
 
 
 def first_or_later(position_ids: Tensor, attention_mask: Any, first: int) -> None:
@@ -146,6 +157,15 @@ def given_sequences(arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:
     return next(iter(found.values()), None)
 
 
+def own_positions(tokens: Tensor, attention_mask: Any) -> Tensor:
+    """Positions, from 0, of rows that are one sequence each: int64 (rows, n) or (1, n), counted from the first token
+    that is not padding."""
+    index = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    if not isinstance(attention_mask, Tensor):
+        return index
+    return (index - (attention_mask != 0).int().argmax(1, keepdim=True)).clamp(min=0)
+
+
 def text_positions(planes: Tensor, given: Tensor | None, text_first: bool) -> Tensor:
     """Which positions say where the sequences lie, among several planes of them (M-RoPE).
 
@@ -178,4 +198,18 @@ def agree(position_ids: Tensor, given: Tensor, attention_mask: Any) -> None:
         right.all(),
         "seq_idx or cu_seq_lens begin other sequences than position_ids, which begin one wherever a position is not "
         "the previous one + 1. Let them agree, or leave one of them out.",
+    )
+
+
+def same_sequences(inner: Any, outer: Tensor, attention_mask: Any) -> None:
+    """Assert on the device that a model around the layers hands on positions of the sequences that it was given."""
+    if not isinstance(inner, Tensor) or inner.ndim != 2 or inner.shape[1] != outer.shape[1]:
+        return
+    right = (inner.diff(dim=1) == 1) == (outer.diff(dim=1) == 1)
+    if isinstance(attention_mask, Tensor):
+        right = right | (attention_mask[:, 1:] == 0) | (attention_mask[:, :-1] == 0)
+    torch._assert_async(
+        right.all(),
+        "the model hands position_ids to its layers that begin other sequences than those that it was called with. "
+        "Give it the position_ids of the packed row, or call packattn.patch on the model inside.",
     )

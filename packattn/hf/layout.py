@@ -110,15 +110,22 @@ class Group:
         flat = torch.cat([flat, flat.new_full((1, *flat.shape[1:]), fill)])
         return flat[self.index]
 
-    def argument(self, name: str, value: Any) -> Any:
+    def argument(self, name: str, value: Any, whole: bool = False) -> Any:
         """What a layer gets in place of an argument that was made for the packed rows.
+
+        Args:
+            whole: the layer is a whole model: masks other than attention_mask are inputs of their own.
 
         Raises:
             NotImplementedError: a tensor that does not hold one value per token.
         """
         rows, n = self.layout.rows, self.layout.n
         if name.endswith("mask") and (value is None or isinstance(value, (Tensor, PackedMask))):
-            return None  # the rows hold what it said
+            if value is None or name == "attention_mask" or not whole:
+                return None  # the rows hold what it said
+            if value.shape in ((rows, n), (1, n)):
+                return self.take(value)
+            raise self._no_token(name, value)
         if name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
             return None  # every row is one sequence
         if isinstance(value, Cache) or name in ("use_cache", "cache", "past_key_values", "cache_params"):
@@ -133,18 +140,22 @@ class Group:
             return torch.stack([self.take(plane) for plane in value])
         if value.shape == (n,):  # a count of the row's tokens
             return torch.arange(self.index.shape[1], device=value.device, dtype=value.dtype)
-        raise NotImplementedError(
-            f"{name} of shape {tuple(value.shape)} does not hold one value for each of {rows} x {n} packed tokens, so "
-            "that packattn cannot lay it out by sequence. Leave it out, or train this model unpacked."
+        raise self._no_token(name, value)
+
+    def _no_token(self, name: str, value: Any) -> NotImplementedError:
+        return NotImplementedError(
+            f"{name} of shape {tuple(value.shape)} does not hold one value for each of {self.layout.rows} x "
+            f"{self.layout.n} packed tokens, so that packattn cannot lay it out by sequence. Leave it out, or train "
+            "this model unpacked."
         )
 
 
-def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any]) -> Any:
+def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any], pooled: bool = False) -> Any:
     """Call a layer on every group, and put what it returns back in the places of the packed rows.
 
     Tensors with one value per token, (sequences, length, ...), come back as (rows, n, ...), padding as zeros; tensors
     with one value per sequence as (sequences, ...), in the order of the stream; caches as None; a loss as the mean over
-    all sequences.
+    all sequences. With `pooled`, the result (or the logits among several) is one value per sequence whatever its shape.
     """
     results = [call(group) for group in groups]
     tokens = torch.cat([group.index.flatten() for group in groups])
@@ -162,6 +173,8 @@ def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any]) 
             return type(first)(put_back(list(each), name) for each in zip(*parts, strict=True))
         if name == "loss" and isinstance(first, Tensor) and first.ndim == 0:  # a mean over the sequences of its group
             return sum(part * len(group.members) for part, group in zip(parts, groups, strict=True)) / len(sequences)
+        if name == "pooler_output" or (pooled and name in ("output", "logits")):
+            return torch.cat(parts)[sequences]
         shapes = [group.index.shape for group in groups]
         if all(isinstance(part, Tensor) for part in parts):
             if all(part.shape[:2] == shape for part, shape in zip(parts, shapes, strict=True)):

@@ -100,7 +100,9 @@ def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
         return _with_whole_blocks(PackedMask.causal(found, window=window, blocks=blocks), found, blocks)
     if names == {"causal", "chunk"}:
         (chunk,) = [value for name, value in parts if name == "chunk"]
-        return PackedMask.chunked(found, chunk, position_ids)
+        # transformers counts chunks from the first token of a row, wherever its positions begin.
+        index = torch.arange(found.seq_start.numel(), device=found.seq_start.device)
+        return PackedMask.chunked(found, chunk, index - found.seq_start)
     if plain == {"bidirectional"} or names == {"bidirectional", "sliding_window_bidirectional"}:
         return PackedMask.bidirectional(found, window=window)
     raise UnsupportedMaskError(

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from packattn.errors import UnsupportedModelError
-from packattn.hf.hooks import NAME, Carry, Check, Enter, Leave, Mark, by_sequence
+from packattn.hf.by_sequence import by_sequence
+from packattn.hf.hooks import NAME, Carry, Check, Enter, Leave, Mark
 from packattn.hf.plan import Plan, make_plan
 from packattn.hf.probe import FAILS, first_position, probe, runs
 
@@ -171,7 +172,7 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
             restore.append(_wrap(module, plan, kind))
     restore += [_wrap(entry, plan, "equal") for entry in plan.entries if plan.by_length(entry)]
     for module in dict.fromkeys([*plan.entries, *builders]):
-        restore.append(module.register_forward_hook(Leave(), always_call=True).remove)
+        restore.append(module.register_forward_hook(Leave(plan), always_call=True).remove)
 
 
 def _set_implementation(config: PreTrainedConfig, name: str) -> Callable[[], None]:

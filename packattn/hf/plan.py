@@ -128,6 +128,11 @@ def one_logit_a_row(module: nn.Module) -> bool:
     return bool(_ONE_LOGIT_A_ROW.search(type(module).__name__))
 
 
+def finds_last_by_padding(module: nn.Module) -> bool:
+    """Whether a model with one result of every row takes it from the last token that is not the padding token."""
+    return "pad_token_id" in _source(module)
+
+
 def calls_interface(module: nn.Module) -> bool:
     """Whether a module calls transformers' attention interface."""
     return not isinstance(module, PreTrainedModel) and "ALL_ATTENTION_FUNCTIONS" in _source(module)

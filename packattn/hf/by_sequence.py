@@ -1,0 +1,95 @@
+"""The forward of a layer that runs on one row per sequence: what `patch` puts in the place of its own."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from packattn.hf.layout import Group, by_group
+from packattn.hf.masks import Carried, is_carried
+from packattn.hf.plan import Plan
+from packattn.hf.rope import forget
+from packattn.hf.running import RUNNING, SUSPENDED
+
+
+def by_sequence(
+    module: nn.Module, before: Callable[..., Any] | None, plan: Plan, kind: str, *args: Any, **kwargs: Any
+) -> Any:
+    """The forward of a layer that runs on one row per sequence while a packed batch goes through the model."""
+    forward = before if before is not None else partial(type(module).forward, module)
+    if torch.compiler.is_compiling():
+        return _disabled(forward, module, plan, kind, args, kwargs)
+    return _by_sequence(forward, module, plan, kind, args, kwargs)
+
+
+def _by_sequence(
+    forward: Callable[..., Any], module: nn.Module, plan: Plan, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    running = RUNNING.get()
+    if running is None and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{type(module).__name__} was recomputed in the backward pass without the boundaries of its packed rows. "
+            "Checkpoint by model.gradient_checkpointing_enable(), which packattn knows."
+        )
+    layout = running.layout if running is not None and running is not SUSPENDED else None
+    if running is not None and running.packed:
+        forget(module)
+    if layout is None:  # one sequence a row: what was made for attention is padding by its plain name again
+
+        def plain(value: Any) -> Any:
+            return running.real if running is not None and (is_carried(value) or isinstance(value, Carried)) else value
+
+        return forward(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+    if kind != "one":
+        _no_sharded_layers(module)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    whole = isinstance(module, PreTrainedModel)
+    if whole and "use_cache" in names:
+        arguments["use_cache"] = False
+    if arguments.get("encoder_hidden_states") is not None:
+        raise NotImplementedError(
+            "encoder_hidden_states: cross-attention of a packed row is not supported by packattn. Remove the patch."
+        )
+    labels = arguments.pop("labels", None) if plan.by_length(module) else None
+    if isinstance(labels, Tensor) and not labels.dtype.is_floating_point:
+        # The loss of each group is put together by its number of sequences.
+        torch._assert_async((labels != -100).all(), "labels of packed sequences must not be ignored (-100).")
+
+    def call(group: Group) -> Any:
+        token = RUNNING.set(SUSPENDED)
+        try:
+            # Positional arguments stay so: reentrant checkpointing gives no gradient to others.
+            given = {name: group.argument(name, value, whole) for name, value in arguments.items()}
+            positional = [given.pop(name) for name in names[: len(args)] if name in given]
+            if labels is not None:
+                given["labels"] = labels[group.members]
+            for inner in module.modules():
+                forget(inner)
+            return forward(*positional, **given)
+        finally:
+            RUNNING.reset(token)
+
+    return by_group(layout, plan.groups(layout, kind), call, kind == "one" or plan.by_length(module))
+
+
+_disabled: Callable[..., Any] = torch.compiler.disable(_by_sequence)  # type: ignore[no-untyped-call]
+
+
+def _no_sharded_layers(module: nn.Module) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    by = []
+    if any(type(m).__name__.startswith(("FSDP", "FullySharded")) for m in module.modules()):
+        by.append("FSDP")
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        by.append("DeepSpeed ZeRO-3")
+    if by and torch.distributed.get_world_size() > 1:
+        raise NotImplementedError(
+            f"{type(module).__name__} runs one row per sequence, so often on each rank as there are lengths, which "
+            f"would hang sharded layers ({by[0]}). packattn supports it with DistributedDataParallel."
+        )

@@ -1,0 +1,232 @@
+"""Ways of calling a patched model that once gave wrong numbers without an error: state left behind, names, padding."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from tiny_models import SMALL, alone, make, packed_row, spans
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import packattn
+from packattn.hf.running import RUNNING
+from packattn.hf.tiny import shrink
+
+
+def assert_close(packed, truth):
+    torch.testing.assert_close(packed, truth, atol=5e-6, rtol=5e-5)
+
+
+def tiny(name, auto=AutoModelForCausalLM):
+    torch.manual_seed(0)
+    return auto.from_config(shrink(CONFIG_MAPPING[name])).eval()
+
+
+def patched(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # by rows
+        return packattn.patch(model)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["mamba", "bamba"])
+def test_law_1_a_checkpointed_row_after_a_packed_one_is_not_cut_by_it(name, reentrant):
+    model, batch = make(name).train(), packed_row(name)
+    given, weights = {"input_ids": batch["input_ids"], "use_cache": False}, list(model.parameters())
+    truth = model(**given).logits
+    expected = torch.autograd.grad(truth.square().mean(), weights)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with packattn.patch(model):
+        model(**given, position_ids=batch["position_ids"]).logits.sum().backward()
+        model.zero_grad()
+        found = model(**given).logits
+        assert_close(found, truth)
+        found.square().mean().backward()
+    for parameter, gradient in zip(weights, expected, strict=True):
+        assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("name", ["mamba", "bamba"])
+def test_law_1_a_compiled_hybrid_leaves_nothing_behind(name):
+    torch._dynamo.reset()
+    model, lengths = make(name), [7, 19, 1, 5]
+    first, second = packed_row(name, lengths), packed_row(name, lengths[::-1], seed=1)
+    with torch.no_grad():
+        expected = torch.cat([model.base_model(second["input_ids"][:, s])[0] for s in spans(lengths[::-1])], 1)
+        with packattn.patch(model):
+            compiled = torch.compile(model, backend="eager")
+            compiled(input_ids=first["input_ids"], position_ids=first["position_ids"])
+            assert RUNNING.get() is None
+            given = {"input_ids": second["input_ids"], "position_ids": second["position_ids"]}
+            assert_close(model.base_model(**given)[0], expected)
+
+
+class Around(PreTrainedModel):
+    """A model of one's own around a language model."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm = LlamaForCausalLM(config)
+        self.post_init()
+
+
+class OtherNames(Around):
+    def forward(self, tokens, positions):
+        return self.lm(input_ids=tokens, position_ids=positions)
+
+
+class OwnPositions(Around):
+    def forward(self, input_ids, lengths):
+        return self.lm(input_ids=input_ids, position_ids=torch.cat([torch.arange(n) for n in lengths])[None])
+
+
+def test_law_1_a_model_around_may_have_other_names():
+    model, batch = OtherNames(LlamaConfig(**SMALL)).eval(), packed_row("llama")
+    with torch.no_grad():
+        expected = alone(model.lm, batch)
+        with packattn.patch(model):
+            assert_close(model(batch["input_ids"], batch["position_ids"]).logits, expected)
+
+
+def test_law_1_a_forward_that_hides_its_names():
+    model, batch = make("llama"), packed_row("llama")
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with torch.no_grad():
+        expected = alone(model, batch)
+        with packattn.patch(model):
+            assert_close(model(batch["input_ids"], position_ids=batch["position_ids"]).logits, expected)
+
+
+def test_law_3_a_model_around_that_makes_its_own_positions_raises():
+    model, lengths = OwnPositions(LlamaConfig(**SMALL)).eval(), [7, 5]
+    ids = packed_row("llama", lengths)["input_ids"]
+    with packattn.patch(model), torch.no_grad():
+        model(ids, [12])
+        with pytest.raises(RuntimeError, match="begin other sequences than those that it was called with"):
+            model(ids, lengths)
+
+
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("opt", AutoModelForCausalLM),
+        ("gpt2", AutoModelForCausalLM),
+        ("llama4_text", AutoModelForCausalLM),
+        ("xlm-roberta", AutoModelForMaskedLM),
+    ],
+)
+def test_law_1_padding_on_the_left_without_positions(name, auto):
+    model, ids = tiny(name, auto), packed_row("llama", [12])["input_ids"]
+    ids, mask = torch.nn.functional.pad(ids, (5, 0)), torch.nn.functional.pad(torch.ones_like(ids), (5, 0))
+    with torch.no_grad():
+        expected = model(input_ids=ids[:, 5:]).logits
+        with packattn.patch(model):
+            assert_close(model(input_ids=ids, attention_mask=mask).logits[:, 5:], expected)
+
+
+def test_law_1_chunks_of_sequences_that_begin_at_other_positions():
+    model, lengths = tiny("llama4_text"), [7, 19, 13]
+    batch = packed_row("llama", lengths)
+    batch["position_ids"] += torch.repeat_interleave(torch.tensor([50, 3, 11]), torch.tensor(lengths))
+    with torch.no_grad():
+        expected = alone(model, batch, lengths)
+        with packattn.patch(model):
+            found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    assert_close(found, expected)
+
+
+def test_law_3_given_sequences_over_a_static_cache_raise():
+    model, ids = make("llama"), packed_row("llama", [7, 5])["input_ids"]
+    seq_idx = torch.tensor([[0] * 7 + [1] * 5])
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with packattn.patch(model), pytest.raises(RuntimeError, match="restart in a forward over a cache"):
+        model(input_ids=ids, seq_idx=seq_idx, past_key_values=cache)
+
+
+def test_law_1_a_mask_of_another_meaning_is_laid_out_too():
+    model = tiny("longformer", AutoModelForMaskedLM)
+    batch = packed_row("roberta", [7, 19, 13])
+    ids, first = batch["input_ids"], (batch["position_ids"] == 2).long()
+    with torch.no_grad():
+        rows = [model(input_ids=ids[:, s], global_attention_mask=first[:, s]).logits for s in spans([7, 19, 13])]
+        with patched(model):
+            found = model(input_ids=ids, position_ids=batch["position_ids"], global_attention_mask=first).logits
+    assert_close(found, torch.cat(rows, 1))
+
+
+def test_law_3_a_mask_that_cannot_be_laid_out_raises():
+    model, batch = tiny("xlnet"), packed_row("llama", [7, 5])
+    with patched(model), pytest.raises(NotImplementedError, match="perm_mask of shape"):
+        model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], perm_mask=torch.zeros(1, 12, 12),
+        )  # fmt: skip
+
+
+def test_law_3_the_last_token_of_embeddings_is_not_guessed():
+    model, batch = LlamaForSequenceClassification(LlamaConfig(**SMALL)).eval(), packed_row("llama")
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    message = "finds the last token of a sequence by its padding token"
+    with packattn.patch(model), pytest.raises(NotImplementedError, match=message):
+        model(inputs_embeds=embeddings, position_ids=batch["position_ids"])
+
+
+def test_law_1_sequences_as_long_as_there_are_labels():
+    model, lengths = tiny("xlnet", AutoModelForSequenceClassification), [2, 2, 2]
+    batch = packed_row("llama", lengths)
+    with torch.no_grad():
+        rows = torch.cat([model(input_ids=batch["input_ids"][:, s]).logits for s in spans(lengths)])
+        with patched(model):
+            assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, rows)
+
+
+def test_masks_made_beforehand_over_an_empty_cache_raise_for_a_packed_row():
+    model, batch = make("llama"), packed_row("llama")
+    n = batch["input_ids"].shape[1]
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    inputs["attention_mask"] = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+    cache = transformers.DynamicCache(config=model.config)
+    with packattn.patch(model), pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
+        model(**inputs, past_key_values=cache)
+
+
+def test_the_loss_of_spans_of_a_whole_row_raises_for_a_packed_row():
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.BertForQuestionAnswering(config).eval()
+    row = {"input_ids": torch.arange(3, 12)[None], "position_ids": torch.arange(9)[None]}
+    asked = {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([3])}
+    plain = model(**row, **asked).loss
+    with packattn.patch(model):
+        torch.testing.assert_close(model(**row, **asked).loss, plain)
+        row["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+        with pytest.raises(RuntimeError, match="a loss over the tokens of a whole row"):
+            model(**row, **asked)
+
+
+def test_a_result_of_a_packed_row_is_not_a_number():
+    config = transformers.AlbertConfig(
+        vocab_size=99, embedding_size=16, hidden_size=32, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.AlbertModel(config).eval()
+    ids, alone = torch.arange(3, 12)[None].expand(2, -1), torch.arange(9)
+    positions = torch.stack([alone, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])])
+    expected = model(input_ids=ids).pooler_output
+    with packattn.patch(model):
+        found = model(input_ids=ids, position_ids=positions).pooler_output
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[1].isnan().all()
