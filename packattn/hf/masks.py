@@ -239,7 +239,8 @@ _OR = _closure_code(masking_utils.or_masks)
 _WINDOW = _closure_code(masking_utils.sliding_window_overlay)
 _BIDIRECTIONAL_WINDOW = _closure_code(masking_utils.sliding_window_bidirectional_overlay)
 _CHUNK = _closure_code(masking_utils.chunked_overlay)
-_BLOCKS = _closure_code(masking_utils.blockwise_overlay)
+# transformers 5.8 has no blocks; its models' own functions for them are refused by name.
+_BLOCKS = _closure_code(masking_utils.blockwise_overlay) if hasattr(masking_utils, "blockwise_overlay") else None
 # What models define themselves, by name: all keys, and the keys at a distance of less than the window.
 _OWN = (("gemma3", "Gemma3TextModel"), ("step3p7", "Step3p7TextModel"))
 _EVERYTHING = {f"transformers.models.{m}.modeling_{m}.{name}.forward.<locals>.<lambda>" for m, name in _OWN}
