@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+# Add "heavy" to test with DeepSpeed, Liger and Ray too; they are not needed otherwise, and do not install everywhere.
+EXTRAS ?= demo,test,check
 PIP := -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml packattn/schemas.py $(wildcard csrc/*)
 
@@ -25,7 +27,7 @@ $(VENV)/built: $(SOURCES)
 	  { echo "python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv python3-dev"; exit 1; }
 	@echo "Setting up $(VENV): torch, triton, transformers, then the extension (some minutes the first time) ..."
 	@$(BIN)/python $(PIP) "setuptools>=77" wheel ninja "torch>=2.10"
-	@$(BIN)/python $(PIP) --no-build-isolation -e ".[demo,test,check]"
+	@$(BIN)/python $(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
 	@$(BIN)/python -m packattn info
 	@touch $@
 

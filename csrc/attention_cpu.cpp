@@ -47,12 +47,6 @@ Kernels<T> kernels_of() {
   return portable::kernels<T>();
 }
 
-template <class T>
-Shape shape_of(const Problem<T>& problem) {
-  return {problem.tokens,  problem.tokens_k, problem.heads_k, problem.group(), problem.step(),
-          problem.k_start, problem.k_end,    problem.q_start, problem.q_end};
-}
-
 constexpr int64_t kCostOfThread = 1 << 14;  // less is done sooner than a thread wakes up
 
 // Runs the units on torch's threads, each of which takes the next unit when it is free. A unit's result does not depend

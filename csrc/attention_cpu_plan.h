@@ -14,6 +14,12 @@ struct Shape {
   const int32_t *k_start, *k_end, *q_start, *q_end;
 };
 
+template <class T>
+Shape shape_of(const Problem<T>& problem) {
+  return {problem.tokens,  problem.tokens_k, problem.heads_k, problem.group(), problem.step(),
+          problem.k_start, problem.k_end,    problem.q_start, problem.q_end};
+}
+
 std::vector<Unit> forward_units(const Shape& shape);
 
 // Runs of queries that share no key, whole where there are enough of them to keep `threads` busy, else in pieces.

@@ -52,28 +52,32 @@ def assert_accurate(name: str, actual: Tensor, truth: Tensor, naive: Tensor, ter
     )
 
 
+def _position(found: Boundaries) -> Tensor:
+    """The index of each token in its sequence."""
+    return torch.arange(found.seq_start.numel(), dtype=torch.int32) - found.seq_start
+
+
 def _chunked(found: Boundaries, size: int) -> PackedMask:
-    index = torch.arange(found.seq_start.numel(), dtype=torch.int32)
-    return PackedMask.chunked(found, size, index - found.seq_start)
+    return PackedMask.chunked(found, size, _position(found))
 
 
 def _images(found: Boundaries, size: int) -> PackedMask:
     """Every second `size` tokens of a sequence see each other, as the tokens of an image do."""
-    block = (torch.arange(found.seq_start.numel(), dtype=torch.int32) - found.seq_start) // size
+    block = _position(found) // size
     return PackedMask.causal(found, blocks=torch.where(block % 2 == 1, block, -1))
 
 
 def _prefix(found: Boundaries, size: int) -> PackedMask:
     """The first `size` tokens of a sequence see each other."""
-    index = torch.arange(found.seq_start.numel(), dtype=torch.int32)
-    return PackedMask.causal(found, blocks=torch.where(index - found.seq_start < size, 0, -1))
+    return PackedMask.causal(found, blocks=torch.where(_position(found) < size, 0, -1))
 
 
 def _padded(found: Boundaries, size: int) -> PackedMask:
     """The last `size` tokens of the first sequence and of the stream are padding."""
-    index = torch.arange(found.seq_start.numel(), dtype=torch.int32)
-    real = (found.seq_end - index > size) | ((found.seq_start > 0) & (found.seq_end < len(index)))
-    return PackedMask.causal(boundaries(index - found.seq_start, real))
+    position, last = _position(found), found.seq_end.numel()
+    left = found.seq_end - found.seq_start - position  # tokens of the sequence from each on
+    real = (left > size) | ((found.seq_start > 0) & (found.seq_end < last))
+    return PackedMask.causal(boundaries(position, real))
 
 
 # What `window` means to each: tokens visible, distance visible, chunk, tokens of an image, of a prefix, of padding.

@@ -4,7 +4,19 @@ import threading
 
 import pytest
 import torch
-from tiny_models import LENGTHS, MODELS, REFUSED, SMALL, VOCABULARY, alone, make, packed_row, spans, start_position
+from tiny_models import (
+    LENGTHS,
+    MODELS,
+    REFUSED,
+    SMALL,
+    VOCABULARY,
+    alone,
+    assert_close,
+    make,
+    packed_row,
+    spans,
+    start_position,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PersimmonConfig, PersimmonForCausalLM
 
@@ -19,11 +31,6 @@ STYLES = {
     "no cache": lambda ids: {"use_cache": False},
     "all-ones mask": lambda ids: {"attention_mask": torch.ones_like(ids)},
 }
-
-
-def assert_close(packed, truth):
-    """To a few roundings of float32 through two layers; a leak is five orders larger."""
-    torch.testing.assert_close(packed, truth, atol=5e-6, rtol=5e-5)
 
 
 def state(model):

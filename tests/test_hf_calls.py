@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from tiny_models import SMALL, alone, make, packed_row, spans
+from tiny_models import SMALL, alone, assert_close, make, packed_row, spans
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -21,10 +21,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import packattn
 from packattn.hf.running import RUNNING
 from packattn.hf.tiny import shrink
-
-
-def assert_close(packed, truth):
-    torch.testing.assert_close(packed, truth, atol=5e-6, rtol=5e-5)
 
 
 def tiny(name, auto=AutoModelForCausalLM):

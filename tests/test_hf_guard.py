@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, alone, make, packed_row
+from tiny_models import VOCABULARY, alone, assert_close, make, packed_row
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.bert.modeling_bert import BertSelfAttention
@@ -13,10 +13,6 @@ from packattn import PackedMask
 from packattn.hf.tiny import shrink
 
 IDS = torch.ones(2, 6, dtype=torch.long)
-
-
-def assert_close(packed, truth):
-    torch.testing.assert_close(packed, truth, atol=5e-6, rtol=5e-5)
 
 
 def test_law_3_another_attention_set_after_the_patch_raises():
@@ -131,16 +127,20 @@ def test_law_3_a_forward_of_one_layer_replaced_afterwards_is_named():
             model(**batch)
 
 
-def test_law_3_a_class_patched_before_is_seen_by_the_patch(monkeypatch):
-    monkeypatch.setattr(LlamaAttention, "forward", plain_attention)
-    model, batch = make("llama"), packed_row("llama")
+def assert_exact_by_rows(model, batch, why):
     with torch.no_grad():
         expected = alone(model, batch)
-        with pytest.warns(UserWarning, match="LlamaAttention computes attention itself"):
+        with pytest.warns(UserWarning, match=why):
             patch = packattn.patch(model)
         with patch:
             assert patch.how == "rows"
             assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, expected)
+
+
+def test_law_3_a_class_patched_before_is_seen_by_the_patch(monkeypatch):
+    monkeypatch.setattr(LlamaAttention, "forward", plain_attention)
+    model, batch = make("llama"), packed_row("llama")
+    assert_exact_by_rows(model, batch, "LlamaAttention computes attention itself")
 
 
 class Bypass(torch.nn.Module):
@@ -159,13 +159,7 @@ def test_law_3_the_probe_finds_what_the_code_does_not_tell():
     model, batch = make("llama"), packed_row("llama")
     layer = model.model.layers[1]
     layer.self_attn = Bypass(layer.self_attn)
-    with torch.no_grad():
-        expected = alone(model, batch)
-        with pytest.warns(UserWarning, match="the second moved by .* with the tokens of the first"):
-            patch = packattn.patch(model)
-        with patch:
-            assert patch.how == "rows"
-            assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, expected)
+    assert_exact_by_rows(model, batch, "the second moved by .* with the tokens of the first")
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])

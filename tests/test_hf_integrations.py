@@ -6,17 +6,20 @@ import pickle
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
-import torch.multiprocessing
+from processes import on_ranks
 from tiny_models import VOCABULARY, alone, make, packed_row
 from torch import nn
 
 import packattn
 import packattn.hf  # registers attn_implementation="packattn"
 
+assert_close = partial(tiny_models.assert_close, rtol=1e-4)
 ROOT = Path(__file__).parent.parent
 LENGTHS = [9, 4, 14, 6, 11, 3, 8, 5]
 
@@ -39,10 +42,6 @@ def loss_alone(model, some):
 
 def gradient_alone(model, some):
     return torch.autograd.grad(loss_alone(model, some), list(model.parameters()))
-
-
-def assert_close(one, other):
-    torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-4)
 
 
 def arguments(folder, **options):
@@ -159,7 +158,7 @@ with packattn.patch(model):
 
 
 def test_liger_kernels_around_packed_attention():
-    pytest.importorskip("liger_kernel", reason="pip install 'packattn[integrations]'")
+    pytest.importorskip("liger_kernel", reason="pip install 'packattn[heavy]'")
     # Without a GPU its kernels run in Triton's interpreter: those that the interpreter can run.
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", LIGER], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -265,32 +264,14 @@ def _gradient_on_rank(how, rank, world):
     return [p.grad.full_tensor() if how != "ddp" else p.grad for p in model.parameters()]
 
 
-def _run_rank(rank, world, hows, store, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        for how in hows:
-            gradients = _gradient_on_rank(how, rank, world)
-            if rank == 0:
-                queue.put([g.numpy() for g in gradients])
-        torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
+def _gradients(*hows):
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return [[gradient.numpy() for gradient in _gradient_on_rank(how, rank, world)] for how in hows]
 
 
 @pytest.mark.parametrize(("world", "hows"), [(2, ["ddp", "fsdp2", "fsdp2 hybrid"]), (4, ["ddp", "fsdp2"])])
-def test_ranks_together_take_the_gradient_of_the_examples_alone(world, hows, tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [
-        context.Process(target=_run_rank, args=(rank, world, hows, tmp_path / "store", queue)) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    found = [queue.get(timeout=300) for _ in hows]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+def test_ranks_together_take_the_gradient_of_the_examples_alone(world, hows):
+    found = on_ranks(world, _gradients, *hows)
     for how, gradients in zip(hows, found, strict=True):
         expected = gradient_alone(make("bamba" if how.endswith("hybrid") else "llama"), examples())
         for one, other in zip(gradients, expected, strict=True):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import LENGTHS, SMALL, alone, packed_row, spans
+from tiny_models import LENGTHS, SMALL, alone, assert_close, packed_row, spans
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3ForCausalLM,
@@ -19,10 +19,6 @@ from packattn.hf.tiny import shrink
 
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]])
-
-
-def assert_close(packed, truth):
-    torch.testing.assert_close(packed, truth, atol=5e-6, rtol=5e-5)
 
 
 def dense(mask_function, positions=POSITIONS):

@@ -2,52 +2,18 @@
 
 import contextlib
 import os
-import socket
+from functools import partial
 
 import pytest
+import tiny_models
 import torch
-import torch.multiprocessing
+from processes import on_ranks
 from tiny_models import alone, make, packed_row
 from torch import nn
 
 import packattn
 
-
-def assert_close(one, other):
-    torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-4)
-
-
-def _on_rank(rank, world, port, work, arguments, queue):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    try:
-        found = work(*arguments)
-        if rank == 0:
-            queue.put(found)
-        torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def on_ranks(world, work, *arguments):
-    """What work(*arguments) returns on the first of `world` gloo processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [
-        context.Process(target=_on_rank, args=(rank, world, port, work, arguments, queue)) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    found = queue.get(timeout=300)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    return found
+assert_close = partial(tiny_models.assert_close, rtol=1e-4)
 
 
 def _tensor_parallel(folder, name):
@@ -157,7 +123,7 @@ def _all_deepspeed(*runs):
 
 
 def test_deepspeed_takes_the_steps_of_the_examples_alone_or_refuses():
-    pytest.importorskip("deepspeed", reason="pip install 'packattn[integrations]'")
+    pytest.importorskip("deepspeed", reason="pip install 'packattn[heavy]'")
     *stepped, refused = on_ranks(2, _all_deepspeed, (1, "llama"), (3, "llama"), (3, "bamba"))
     model = make("llama")
     batches = [packed_row("llama", seed=rank) for rank in range(2)]

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import LENGTHS, SMALL, VOCABULARY, alone, make, packed_row, spans
+from tiny_models import LENGTHS, SMALL, VOCABULARY, alone, assert_close, make, packed_row, spans
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,10 +24,6 @@ EXPLICIT = {
     "seq_idx": {"seq_idx": SEQ_IDX},
     "cu_seq_lens": {"cu_seq_lens_q": CU_SEQ_LENS, "cu_seq_lens_k": CU_SEQ_LENS},
 }
-
-
-def assert_close(packed, truth):
-    torch.testing.assert_close(packed, truth, atol=5e-6, rtol=5e-5)
 
 
 @pytest.mark.parametrize("given", EXPLICIT)

@@ -118,7 +118,7 @@ def test_rows_are_a_function_for_map_on_any_machine(tmp_path):
 @pytest.fixture
 def ray_cluster():
     """Ray on two nodes of this machine."""
-    ray = pytest.importorskip("ray")
+    ray = pytest.importorskip("ray", reason="pip install 'packattn[heavy]'")
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}

@@ -2,7 +2,8 @@
 
 A call of the model goes through `Enter` (what came, where the sequences lie), `Carry` on the module that builds masks,
 `Mark` on every attention layer, `Check` when the layers are done and `Leave`. Under torch.compile, where no host value
-is needed, only `Carry` is traced, and works from the arguments of its own module.
+is needed, `Enter` only gives positions where the caller said otherwise where sequences lie, and `Carry` works from the
+arguments of its own module.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from packattn.hf.inputs import (
     own_positions,
     same_sequences,
     text_positions,
+    tokens_of,
 )
 from packattn.hf.layout import Layout
 from packattn.hf.masks import Carried, carry
@@ -63,9 +65,7 @@ def _with_positions(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Give positions to a compiled text model that was told its sequences otherwise: other arguments may get lost."""
     arguments = dict(zip(hook.names, args, strict=False)) | kwargs
-    tokens = arguments.get("input_ids")
-    if tokens is None:
-        tokens = arguments.get("inputs_embeds")
+    tokens = tokens_of(arguments)
     if arguments.get("position_ids") is not None or hook.plan.text_plane or not isinstance(tokens, Tensor):
         return None
     given = given_sequences(arguments, tokens)
@@ -86,9 +86,7 @@ def _enter(
             "Use DistributedDataParallel."
         )
     arguments = dict(zip(hook.names, args, strict=False)) | kwargs
-    tokens = arguments.get("input_ids")
-    if tokens is None:
-        tokens = arguments.get("inputs_embeds")
+    tokens = tokens_of(arguments)
     if not isinstance(tokens, Tensor):
         return None  # arguments of other names: what comes in is seen where they reach the model inside
     running = Running(plan=hook.plan, owner=module, before=before)
@@ -193,8 +191,8 @@ class Leave:
 def _leave(module: nn.Module, output: Any) -> None:
     running = RUNNING.get()
     if running is not None and running.owner is module:
-        _no_result_of_a_packed_row(running, output)
         RUNNING.set(running.before)
+        _no_result_of_a_packed_row(running, output)
 
 
 def _no_result_of_a_packed_row(running: Running, output: Any) -> None:
@@ -241,9 +239,7 @@ class Carry:
             raise NotImplementedError(
                 "output_attentions=True: packattn never forms the attention weights. Leave it out, or remove the patch."
             )
-        tokens = arguments.get("input_ids")
-        if tokens is None:
-            tokens = arguments.get("inputs_embeds")
+        tokens = tokens_of(arguments)
         if not isinstance(tokens, Tensor) or holds_masks(arguments.get("attention_mask")):
             return None
         if running is None:  # compiled, or called without the model around it

@@ -13,6 +13,12 @@ from packattn.mask import PackedMask
 _EXPLICIT = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
+def tokens_of(arguments: dict[str, Any]) -> Any:
+    """The input_ids of a forward, or its inputs_embeds."""
+    tokens = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if tokens is None else tokens
+
+
 def cache_of(arguments: dict[str, Any]) -> Any:
     """The cache that a forward was given, under any of the names that transformers has for it."""
     for name in ("cache", "past_key_values", "cache_params", "state"):
@@ -45,6 +51,14 @@ def is_prepared(attention_mask: Any) -> bool:
     return isinstance(attention_mask, dict) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
 
 
+def _or_padding(steps: Tensor, attention_mask: Any) -> Tensor:
+    """bool (rows, n - 1), of each token and the one before it: `steps`, or true where one of the two is padding."""
+    if not isinstance(attention_mask, Tensor):
+        return steps
+    real = attention_mask != 0
+    return steps | ~real[:, 1:] | ~real[:, :-1]
+
+
 def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
     """Assert on the device that a forward over a cache is not packed."""
     n = tokens.shape[1]
@@ -54,8 +68,7 @@ def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
     if is_prepared(attention_mask):  # where padding lies is not known: it may stand before the tokens
         whole = whole | (whole.cumsum(1) == 0)
     elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] >= n:
-        real = attention_mask[:, :n] if attention_mask.shape[1] == n else attention_mask[:, -n:]
-        whole = whole | (real[:, 1:] == 0) | (real[:, :-1] == 0)
+        whole = _or_padding(whole, attention_mask[:, -n:])
     torch._assert_async(
         whole.all(),
         "position_ids restart in a forward over a cache that is static or holds tokens: packattn isolates packed rows "
@@ -65,11 +78,7 @@ def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
 
 def one_sequence_a_row(position_ids: Tensor, attention_mask: Any) -> Tensor:
     """Whether a row holds no more than one sequence: bool (rows,)."""
-    whole = position_ids.diff(dim=1) == 1
-    if isinstance(attention_mask, Tensor):
-        real = attention_mask != 0
-        whole = whole | ~real[:, 1:] | ~real[:, :-1]
-    return whole.all(1)
+    return _or_padding(position_ids.diff(dim=1) == 1, attention_mask).all(1)
 
 
 def first_or_later(position_ids: Tensor, attention_mask: Any, first: int) -> None:
@@ -131,7 +140,6 @@ def given_sequences(arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:
         int64 (rows, n); None: none of them was given.
     """
     rows, n = tokens.shape[:2]
-    index = torch.arange(n, device=tokens.device).expand(rows, -1)
     found: dict[str, Tensor] = {}
     for name in _EXPLICIT:
         value = arguments.get(name)
@@ -143,7 +151,8 @@ def given_sequences(arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:
         if name == "seq_idx":
             if value.shape != (rows, n):
                 raise ValueError(f"seq_idx must have shape (rows, n) = {(rows, n)}, got {tuple(value.shape)}.")
-            begins = torch.nn.functional.pad(value.diff(dim=1) != 0, (1, 0), value=True)
+            begins = F.pad(value.diff(dim=1) != 0, (1, 0), value=True)
+            index = torch.arange(n, device=tokens.device).expand(rows, -1)
             found[name] = index - torch.where(begins, index, 0).cummax(1).values
         else:
             starts = Boundaries.from_cu_seqlens(value.to(tokens.device), rows * n).seq_start.view(rows, n)
@@ -151,10 +160,12 @@ def given_sequences(arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:
             torch._assert_async(
                 (found[name][:, 0] == 0).all(), f"{name} holds a sequence that goes on from one row into the next."
             )
-    for name, positions in found.items():
-        first, *_ = found
-        torch._assert_async((positions == found[first]).all(), f"{name} and {first} say different sequences.")
-    return next(iter(found.values()), None)
+    if not found:
+        return None
+    first, *others = found
+    for name in others:
+        torch._assert_async((found[name] == found[first]).all(), f"{name} and {first} say different sequences.")
+    return found[first]
 
 
 def own_positions(tokens: Tensor, attention_mask: Any) -> Tensor:
@@ -192,10 +203,8 @@ def agree(position_ids: Tensor, given: Tensor, attention_mask: Any) -> None:
     steps = position_ids.diff(dim=1)
     right = (given.diff(dim=1) == 1) == (steps == 1)
     right = right | ((steps == 0) & (given.diff(dim=1) == 1))  # a dead segment, all of it at the first position
-    if isinstance(attention_mask, Tensor):
-        right = right | (attention_mask[:, 1:] == 0) | (attention_mask[:, :-1] == 0)
     torch._assert_async(
-        right.all(),
+        _or_padding(right, attention_mask).all(),
         "seq_idx or cu_seq_lens begin other sequences than position_ids, which begin one wherever a position is not "
         "the previous one + 1. Let them agree, or leave one of them out.",
     )
@@ -206,10 +215,8 @@ def same_sequences(inner: Any, outer: Tensor, attention_mask: Any) -> None:
     if not isinstance(inner, Tensor) or inner.ndim != 2 or inner.shape[1] != outer.shape[1]:
         return
     right = (inner.diff(dim=1) == 1) == (outer.diff(dim=1) == 1)
-    if isinstance(attention_mask, Tensor):
-        right = right | (attention_mask[:, 1:] == 0) | (attention_mask[:, :-1] == 0)
     torch._assert_async(
-        right.all(),
+        _or_padding(right, attention_mask).all(),
         "the model hands position_ids to its layers that begin other sequences than those that it was called with. "
         "Give it the position_ids of the packed row, or call packattn.patch on the model inside.",
     )

@@ -88,7 +88,7 @@ class Plan:
 
         With spans alone it runs on rows padded to one length, all of them at once.
         """
-        return self.mixes and one_logit_a_row(module) and any(module is entry for entry in self.entries)
+        return self.mixes and one_logit_a_row(module) and module in self.entries
 
     def groups(self, layout: Layout, kind: str) -> list[Group]:
         """The groups of a layout by the name that by_sequence gives."""

@@ -13,17 +13,22 @@ from packattn.hf.plan import Plan
 from packattn.hf.running import RUNNING, SUSPENDED
 
 _LENGTHS = (3, 5)
+_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)  # NotImplementedError is one
 FAILS = "its code fails on packattn's masks: "
+
+
+def _ids(builder: PreTrainedModel) -> Tensor:
+    weight: Tensor = builder.get_input_embeddings().weight
+    return (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
 
 
 def runs(builder: PreTrainedModel) -> bool:
     """Whether an unpatched model runs on what the probe gives it."""
-    weight = builder.get_input_embeddings().weight
-    ids = (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
+    ids = _ids(builder)
     try:
         with _undisturbed(builder):
             builder(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=ids.device)[None])
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except _ERRORS:
         return False
     return True
 
@@ -49,11 +54,10 @@ def probe(plan: Plan) -> str | None:
     builder = plan.builders[0][1]
     if not runnable(builder):
         return None
-    weight = builder.get_input_embeddings().weight
-    positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(weight.device) + plan.first_position
-    ids = (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
+    ids = _ids(builder)
+    positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(ids.device) + plan.first_position
     changed = ids.clone()
-    changed[:, : _LENGTHS[0]] = (ids[:, : _LENGTHS[0]] + 7) % weight.shape[0]
+    changed[:, : _LENGTHS[0]] = (ids[:, : _LENGTHS[0]] + 7) % builder.get_input_embeddings().weight.shape[0]
     both_ways = getattr(builder.config.get_text_config(), "use_bidirectional_attention", None)
     typed = both_ways and "token_type_ids" in inspect.signature(builder.forward).parameters
     extra = {"token_type_ids": torch.zeros_like(ids)} if typed else {}  # PaliGemma has no mask without them
@@ -62,7 +66,7 @@ def probe(plan: Plan) -> str | None:
             one, other = (_second(builder, given, positions, extra) for given in (ids, changed))
     except NotImplementedError as error:
         return str(error)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except _ERRORS as error:
         return str(error) if "packattn" in str(error) else f"{FAILS}{type(error).__name__}: {error}"
     if one is None or other is None or one.shape != other.shape or not bool(torch.isfinite(one).all()):
         return None
@@ -80,8 +84,7 @@ def first_position(builder: PreTrainedModel) -> int:
     """
     if "position_ids" not in inspect.signature(builder.forward).parameters or not runnable(builder):
         return 0
-    weight = builder.get_input_embeddings().weight
-    ids = (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
+    ids = _ids(builder)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     padding = getattr(builder.config, "pad_token_id", None)
     firsts = dict.fromkeys([0, 2, (padding if isinstance(padding, int) else 0) + 1])
@@ -93,7 +96,7 @@ def first_position(builder: PreTrainedModel) -> int:
                 given = _hidden(builder(input_ids=ids, position_ids=positions + first))
                 if own is not None and given is not None and torch.allclose(given, own, rtol=1e-3, atol=1e-4):
                     return first
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except _ERRORS:
         return 0
     finally:
         RUNNING.reset(token)

@@ -61,8 +61,7 @@ void run(std::FILE* in, std::FILE* result, const std::vector<int64_t>& sizes) {
   problem.out_w = {out.data(), wide_v, problem.head_dim_v};
   problem.lse_w = lse.data(), problem.lse = lse.data();
 
-  const Shape shape{problem.tokens, problem.tokens_k, problem.heads_k, problem.group(), problem.step(),
-                    k_start.data(), k_end.data(),     q_start.data(),  q_end.data()};
+  const Shape shape = shape_of(problem);
   const Kernels<T> kernels = portable::kernels<T>();
   work(problem, forward_units(shape), kernels.forward, kernels.forward_scratch);
   work(problem, backward_units(shape, sizes[7]), kernels.backward, kernels.backward_scratch);
