@@ -55,7 +55,7 @@ struct View {
 };
 
 constexpr int64_t kTileLanes = 64;    // lanes of a tile
-constexpr int64_t kTilesInGroup = 4;  // tiles of queries that share one read of the keys
+constexpr int64_t kTilesInGroup = 4;  // tiles of queries that share one read of the keys (forward: or twice as many)
 constexpr int64_t kBlockKeys = 96;    // keys of a block
 
 template <class T>

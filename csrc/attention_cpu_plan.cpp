@@ -8,6 +8,7 @@ namespace packattn {
 namespace {
 
 constexpr int64_t kRowCost = 48;  // loading and storing a row, in scores
+constexpr int64_t kManyUnits = 64;  // as many forward units keep the threads of most machines busy
 
 void costliest_first(std::vector<Unit>& units) {
   std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
@@ -59,8 +60,10 @@ void cut(const Shape& shape, const Unit& unit, int64_t piece, std::vector<Unit>&
 
 std::vector<Unit> forward_units(const Shape& shape) {
   std::vector<Unit> units;
-  for (int64_t begin = 0; begin < shape.tokens; begin += shape.step) {
-    const int64_t end = std::min(begin + shape.step, shape.tokens);
+  // Two groups of tiles share a read of the keys where enough units are left; the bits must not depend on the threads.
+  const int64_t step = shape.tokens * shape.heads_k / (2 * shape.step) < kManyUnits ? shape.step : 2 * shape.step;
+  for (int64_t begin = 0; begin < shape.tokens; begin += step) {
+    const int64_t end = std::min(begin + step, shape.tokens);
     int64_t cost = 0;
     for (int64_t i = begin; i < end; ++i) cost += (shape.k_end[i] - shape.k_start[i] + kRowCost) * shape.group;
     for (int64_t head = 0; head < shape.heads_k; ++head)
