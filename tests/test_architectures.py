@@ -21,7 +21,7 @@ KINDS = {
     },
     "masked": {"spans": "bert roberta modernbert", "by sequence": "fnet", "rows": "esm mobilebert xlm longformer"},
     "sequence": {"spans": "bert llama", "by sequence": "jamba fnet", "rows": "falcon deberta xlnet"},
-    "token": {"rows": "bros"},
+    "token": {"rows": "bros umt5"},
     "vision-language": {"spans": "gemma3 llava mistral4 paligemma qwen2_vl", "rows": "git"},
 }
 REFUSED = [("masked", "bart"), ("sequence", "t5"), ("vision-language", "pi0"), ("causal", "blt")]

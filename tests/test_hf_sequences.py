@@ -8,7 +8,10 @@ import torch
 from tiny_models import LENGTHS, SMALL, VOCABULARY, alone, assert_close, make, packed_row, spans
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2VLForConditionalGeneration,
@@ -239,3 +242,35 @@ def test_law_1_equal_lengths_at_other_positions_are_not_one_group():
         with packattn.patch(model):
             packed = model(input_ids=ids, position_ids=position_ids).logits
     assert_close(packed, torch.cat(rows, 1))
+
+
+# Positions that are counted along the row by a layer itself, and heads that look along it.
+
+
+def test_law_1_chunked_layers_without_rope_count_from_the_sequence():
+    torch.manual_seed(0)
+    kinds = ["chunked_attention", "chunked_attention"]
+    config = Llama4TextConfig(
+        **SMALL | {"num_key_value_heads": 2, "head_dim": 16},
+        intermediate_size_mlp=96,
+        num_local_experts=2,
+        attention_chunk_size=6,
+        layer_types=kinds,
+        no_rope_layers=[1, 0],
+        floor_scale=4,
+    )
+    model, batch = Llama4ForCausalLM(config).eval(), packed_row("llama")
+    with torch.no_grad():
+        expected = alone(model, batch)
+        with pytest.warns(UserWarning, match="scale queries by their index in the row"), packattn.patch(model):
+            packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    assert_close(packed, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("splinter", "by question tokens"), ("big_bird", "first separator of a row")]
+)
+def test_law_3_heads_that_look_along_the_row_are_refused(name, why):
+    model = AutoModelForQuestionAnswering.from_config(shrink(CONFIG_MAPPING[name]))
+    with pytest.raises(packattn.UnsupportedModelError, match=why):
+        packattn.patch(model)

@@ -43,6 +43,13 @@ _LAYER_TYPES = {
     "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "mamba", "mlp", "moe",
     "hybrid", "hybrid_sliding", "recurrent",
 }  # fmt: skip
+# Heads on top of the layers that look along the whole row.
+_QUESTIONS = "scores every token of the row by question tokens that it finds anywhere in it"
+_MIXING_HEADS = {
+    "SplinterForQuestionAnswering": _QUESTIONS,
+    "SplinterForPreTraining": _QUESTIONS,
+    "BigBirdForQuestionAnswering": "takes all up to the first separator of a row for the question",
+}
 _ONE_LOGIT_A_ROW = re.compile(r"ForSequenceClassification$")
 
 
@@ -189,8 +196,10 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
     reasons = []
     for module in pretrained:
         config, name = module.config, type(module).__name__
-        if getattr(config, "is_encoder_decoder", False):
+        if getattr(config, "is_encoder_decoder", False) and _takes_another_sequence(module):
             reasons.append(f"{name} attends across two sequences (encoder-decoder)")
+        if name in _MIXING_HEADS:
+            reasons.append(f"{name} {_MIXING_HEADS[name]}")
         if "dynamic" in config_rope_types(config) and not any(can_forget(inner) for inner in module.modules()):
             reasons.append(f"{name} has a rotary embedding of type dynamic, which depends on what was run before")
         if _is_foreign(config._attn_implementation):
@@ -216,6 +225,11 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
     return list(dict.fromkeys(reasons))
 
 
+def _takes_another_sequence(module: PreTrainedModel) -> bool:
+    """Whether a model attends to a second sequence, or makes one: an encoder alone (UMT5EncoderModel) does neither."""
+    return not {"decoder_input_ids", "encoder_hidden_states"}.isdisjoint(inspect.signature(module.forward).parameters)
+
+
 def _is_foreign(implementation: str | None) -> bool:
     """Whether an attention function is neither transformers' nor packattn's."""
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
@@ -231,6 +245,8 @@ def _reasons_for_rows(plan: Plan) -> list[str]:
         config = builder.config
         if config.model_type in _SPARSE or config.model_type.removesuffix("_text") in _SPARSE:
             reasons.append(f"{config.model_type} attends to keys chosen by their content, which is not a span")
+        if any(_counts_in_chunks(inner_module) for inner_module in builder.modules()):
+            reasons.append("chunked layers without rotary embeddings scale queries by their index in the row (Llama 4)")
         if getattr(config, "trigram_input", False):
             reasons.append("trigram_input: the embedding of a token holds those of its neighbours in the row")
         unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
@@ -248,6 +264,14 @@ def _reasons_for_rows(plan: Plan) -> list[str]:
     elif attends and "position_ids" not in inspect.signature(inner.forward).parameters:
         reasons.append(f"{where} takes no position_ids")
     return reasons
+
+
+def _counts_in_chunks(layer: nn.Module) -> bool:
+    """Whether attention is tempered by the index of a token, which a chunk's mask does not tell (Llama 4)."""
+    types = getattr(getattr(layer, "config", None), "layer_types", None)
+    if not getattr(layer, "attn_temperature_tuning", None) or getattr(layer, "use_rope", True) or not types:
+        return False
+    return bool(types[layer.layer_idx] == "chunked_attention")
 
 
 def _mixers(inside: list[tuple[str, nn.Module]]) -> tuple[list[tuple[str, nn.Module, str]], list[str]]:
