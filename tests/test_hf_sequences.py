@@ -8,6 +8,7 @@ import torch
 from tiny_models import LENGTHS, SMALL, VOCABULARY, alone, assert_close, make, packed_row, spans
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     Llama4ForCausalLM,
@@ -274,3 +275,10 @@ def test_law_3_heads_that_look_along_the_row_are_refused(name, why):
     model = AutoModelForQuestionAnswering.from_config(shrink(CONFIG_MAPPING[name]))
     with pytest.raises(packattn.UnsupportedModelError, match=why):
         packattn.patch(model)
+
+
+def test_verify_gives_paligemma_the_token_types_that_it_needs():
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(shrink(CONFIG_MAPPING["paligemma"])).eval()
+    with packattn.patch(model):
+        assert packattn.verify(model).ok

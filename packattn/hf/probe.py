@@ -58,9 +58,7 @@ def probe(plan: Plan) -> str | None:
     positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(ids.device) + plan.first_position
     changed = ids.clone()
     changed[:, : _LENGTHS[0]] = (ids[:, : _LENGTHS[0]] + 7) % builder.get_input_embeddings().weight.shape[0]
-    both_ways = getattr(builder.config.get_text_config(), "use_bidirectional_attention", None)
-    typed = both_ways and "token_type_ids" in inspect.signature(builder.forward).parameters
-    extra = {"token_type_ids": torch.zeros_like(ids)} if typed else {}  # PaliGemma has no mask without them
+    extra = beside_text(builder, ids)
     try:
         with _undisturbed(builder):
             one, other = (_second(builder, given, positions, extra) for given in (ids, changed))
@@ -75,6 +73,13 @@ def probe(plan: Plan) -> str | None:
     if moved > 256 * torch.finfo(one.dtype).eps:
         return f"in a forward of two short sequences, the second moved by {moved:.1e} with the tokens of the first"
     return None
+
+
+def beside_text(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
+    """What a model needs beside tokens (rows, n, ...): PaliGemma has no mask without token_type_ids (rows, n)."""
+    both_ways = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
+    typed = both_ways and "token_type_ids" in inspect.signature(model.forward).parameters
+    return {"token_type_ids": torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)} if typed else {}
 
 
 def first_position(builder: PreTrainedModel) -> int:

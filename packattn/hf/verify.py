@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from packattn.boundaries import boundaries
 from packattn.hf.patch import configs_of, is_patched
 from packattn.hf.plan import make_plan
-from packattn.hf.probe import first_position
+from packattn.hf.probe import beside_text, first_position
 from packattn.hf.rope import forget
 from packattn.hf.running import RUNNING, SUSPENDED
 
@@ -165,7 +165,8 @@ def _output(model: nn.Module, x: Tensor, position_ids: Tensor, extra: dict[str, 
     """Logits (or the last hidden state), (rows, n, channels)."""
     for module in model.modules():
         forget(module)
-    result = model(inputs_embeds=x, position_ids=position_ids, **extra)
+    pretrained = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    result = model(inputs_embeds=x, position_ids=position_ids, **beside_text(pretrained, x), **extra)
     found: Tensor = result.logits if "logits" in result else result.last_hidden_state
     return found
 
