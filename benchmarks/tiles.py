@@ -53,12 +53,14 @@ def candidates(family: str, name: str, dtype: torch.dtype, dim: int) -> list[Til
         blocks = blocks if dim <= 256 else [(16, 16, 4, 1), (8, 8, 4, 1), (8, 8, 2, 1)]
     elif dim <= 64:
         blocks = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 4, 3), (64, 32, 4, 3)]
-        blocks += [] if large else [(64, 32, 2, 3), (64, 16, 2, 3), (32, 16, 1, 3)]
+        # Tiles of few rows read the keys more often, which only the bound of sm80 and sm86 counts.
+        blocks += [(64, 32, 2, 3), (64, 16, 2, 3), (32, 16, 1, 3)] if family in ("sm80", "sm86") else []
     elif dim <= 128:
         blocks = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2)]
         blocks += [(64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 4, 2)]
         # 32 rows a warp: half the reads of shared memory, as far as the registers go
-        blocks += [] if large else [(128, 16, 4, 3), (128, 32, 4, 2), (64, 16, 2, 3)]
+        blocks += [] if large else [(128, 16, 4, 3), (128, 32, 4, 2)]
+        blocks += [(64, 16, 2, 3)] if family in ("sm80", "sm86") else []
     elif dim <= 256:
         blocks = [(128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2)]
         blocks += [(64, 64, 4, 2), (64, 64, 8, 2)] if large else [(64, 16, 8, 2), (32, 32, 4, 2), (32, 16, 4, 2)]
