@@ -9,6 +9,7 @@ from tiny_models import LENGTHS, SMALL, VOCABULARY, alone, assert_close, make, p
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     Llama4ForCausalLM,
@@ -273,6 +274,23 @@ def test_law_1_chunked_layers_without_rope_count_from_the_sequence():
 )
 def test_law_3_heads_that_look_along_the_row_are_refused(name, why):
     model = AutoModelForQuestionAnswering.from_config(shrink(CONFIG_MAPPING[name]))
+    with pytest.raises(packattn.UnsupportedModelError, match=why):
+        packattn.patch(model)
+
+
+@pytest.mark.parametrize(
+    ("auto", "name", "changes", "why"),
+    [
+        (AutoModelForMaskedLM, "perceiver", {}, "max_position_embeddings logits for every row"),
+        (AutoModelForMaskedLM, "ibert", {"quant_mode": True}, "range that it takes from the whole batch"),
+        (AutoModelForCausalLM, "xlnet", {"bi_data": True}, "other positions to the first half"),
+    ],
+)
+def test_law_3_what_depends_on_the_rows_of_a_batch_is_refused(auto, name, changes, why):
+    config = shrink(CONFIG_MAPPING[name])
+    for field, value in changes.items():
+        setattr(config, field, value)
+    model = auto.from_config(config)
     with pytest.raises(packattn.UnsupportedModelError, match=why):
         packattn.patch(model)
 

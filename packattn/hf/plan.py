@@ -43,12 +43,18 @@ _LAYER_TYPES = {
     "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "mamba", "mlp", "moe",
     "hybrid", "hybrid_sliding", "recurrent",
 }  # fmt: skip
-# Heads on top of the layers that look along the whole row.
+# Flags of configs under which one row of a batch changes what another gives.
+_ACROSS_ROWS = {
+    "bi_data": "gives other positions to the first half of a batch's rows than to the second",
+    "quant_mode": "scales activations by a range that it takes from the whole batch in training",
+}
+# Heads on top of the layers that look along the whole row, or give something else than its tokens.
 _QUESTIONS = "scores every token of the row by question tokens that it finds anywhere in it"
 _MIXING_HEADS = {
     "SplinterForQuestionAnswering": _QUESTIONS,
     "SplinterForPreTraining": _QUESTIONS,
     "BigBirdForQuestionAnswering": "takes all up to the first separator of a row for the question",
+    "PerceiverForMaskedLM": "gives max_position_embeddings logits for every row, whatever its length",
 }
 _ONE_LOGIT_A_ROW = re.compile(r"ForSequenceClassification$")
 
@@ -200,6 +206,7 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
             reasons.append(f"{name} attends across two sequences (encoder-decoder)")
         if name in _MIXING_HEADS:
             reasons.append(f"{name} {_MIXING_HEADS[name]}")
+        reasons += [f"{name} {why} ({flag}=True)" for flag, why in _ACROSS_ROWS.items() if getattr(config, flag, False)]
         if "dynamic" in config_rope_types(config) and not any(can_forget(inner) for inner in module.modules()):
             reasons.append(f"{name} has a rotary embedding of type dynamic, which depends on what was run before")
         if _is_foreign(config._attn_implementation):
