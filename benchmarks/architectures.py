@@ -73,6 +73,10 @@ _BESIDE: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
     "paligemma": lambda ids, index: {"token_type_ids": (index >= 3).long()},  # a prefix of three tokens
 }
 
+# What architectures of several families have to be told: T5Gemma that it is an encoder alone, Reformer that it looks
+# both ways.
+_IN_FAMILY = {"encoder": {"is_encoder_decoder": False}, "masked": {"is_decoder": False}}
+
 PRETRAINED: dict[str, Callable[[], nn.Module]] = {
     "SmolLM2-135M": _smollm2,
     "SmolLM2-135M as a Mistral, window 8": _windowed_smollm2,
@@ -99,7 +103,9 @@ _RANDOM = (
 
 def _tiny(family: str, name: str) -> nn.Module:
     torch.manual_seed(0)
-    model = getattr(transformers, FAMILIES[family][0]).from_config(tiny.shrink(CONFIG_MAPPING[name]))
+    config = tiny.shrink(CONFIG_MAPPING[name])
+    config.update(_IN_FAMILY.get(family, {}))
+    model = getattr(transformers, FAMILIES[family][0]).from_config(config)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

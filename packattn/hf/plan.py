@@ -48,12 +48,27 @@ _ACROSS_ROWS = {
     "bi_data": "gives other positions to the first half of a batch's rows than to the second",
     "quant_mode": "scales activations by a range that it takes from the whole batch in training",
 }
-# Heads on top of the layers that look along the whole row, or give something else than its tokens.
+# Models that look along the whole row on top of their layers, or make of it something else than its tokens.
 _QUESTIONS = "scores every token of the row by question tokens that it finds anywhere in it"
-_MIXING_HEADS = {
+_IMAGE = "attends to images from all tokens of a row"
+_BESIDE = "gives its layers the embeddings of images beside the tokens"
+_CODEBOOKS = "takes num_codebooks rows for one"
+_OTHER_KEYS = "attends to the keys of another model"
+_BY_NAME = {
     "SplinterForQuestionAnswering": _QUESTIONS,
     "SplinterForPreTraining": _QUESTIONS,
     "BigBirdForQuestionAnswering": "takes all up to the first separator of a row for the question",
+    "BlipForConditionalGeneration": _IMAGE,
+    "BlipForQuestionAnswering": _IMAGE,
+    "BlipForImageTextRetrieval": _IMAGE,
+    "IdeficsModel": _IMAGE,
+    "DiffusionGemmaModel": "writes one canvas for a row",
+    "Gemma4AssistantForCausalLM": _OTHER_KEYS,
+    "Gemma4UnifiedAssistantForCausalLM": _OTHER_KEYS,
+    "Kosmos2Model": _BESIDE,
+    "Kosmos2ForConditionalGeneration": _BESIDE,
+    "MusicgenDecoder": _CODEBOOKS,
+    "MusicgenMelodyDecoder": _CODEBOOKS,
     "PerceiverForMaskedLM": "gives max_position_embeddings logits for every row, whatever its length",
 }
 _ONE_LOGIT_A_ROW = re.compile(r"ForSequenceClassification$")
@@ -204,9 +219,11 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
         config, name = module.config, type(module).__name__
         if getattr(config, "is_encoder_decoder", False) and _takes_another_sequence(module):
             reasons.append(f"{name} attends across two sequences (encoder-decoder)")
-        if name in _MIXING_HEADS:
-            reasons.append(f"{name} {_MIXING_HEADS[name]}")
+        if name in _BY_NAME:
+            reasons.append(f"{name} {_BY_NAME[name]}")
         reasons += [f"{name} {why} ({flag}=True)" for flag, why in _ACROSS_ROWS.items() if getattr(config, flag, False)]
+        if "lsh" in (getattr(config, "attn_layers", None) or ()):
+            reasons.append(f"{name} hashes at random, into as many buckets as the first row that it saw asks for (LSH)")
         if "dynamic" in config_rope_types(config) and not any(can_forget(inner) for inner in module.modules()):
             reasons.append(f"{name} has a rotary embedding of type dynamic, which depends on what was run before")
         if _is_foreign(config._attn_implementation):

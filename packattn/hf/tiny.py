@@ -21,7 +21,7 @@ FAMILIES = {
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
     "token": ("AutoModelForTokenClassification", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
-    "encoder": ("AutoModel", modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
+    "encoder": ("AutoModelForTextEncoding", modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
     "vision-language": ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
 }
 
@@ -70,9 +70,23 @@ _GEMMA4: dict[str, Any] = {
 }
 _PLANES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+# In the place of a vision tower that another library holds.
+_CLIP: dict[str, Any] = {
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 16,
+        "model_args": {"embed_dim": 64},
+    }
+}
 _OWN: dict[str, dict[str, Any]] = {
     "apertus1p5": {"image_token_offset": 83, "audio_token_offset": 91},
     "apertus1p5_vision_tokenizer": {"codebook_size": 8},
+    "canine": {"downsampling_rate": 1},
     "chameleon": {"vocabulary_map": {"<image>": 97, "IMGIMGA": 98}},
     "cosmos3_edge_text": _PLANES,
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
@@ -148,6 +162,8 @@ _OWN: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
         "mamba_chunk_size": 8,
     },
+    "fast_vlm": _CLIP,
+    "funnel": {"block_sizes": [2]},  # it cannot pool a sequence of one token
     "gemma3n_text": {
         "num_hidden_layers": 6,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -184,6 +200,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "chunk_size": 8,
         "moe_shared_expert_intermediate_size": 96,
     },
+    "perception_lm": _CLIP,
     "perceiver": {
         "num_latents": 8,
         "d_latents": 64,
