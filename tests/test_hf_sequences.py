@@ -285,6 +285,7 @@ def test_law_3_heads_that_look_along_the_row_are_refused(name, why):
         (AutoModelForMaskedLM, "perceiver", {}, "max_position_embeddings logits for every row"),
         (AutoModelForMaskedLM, "ibert", {"quant_mode": True}, "range that it takes from the whole batch"),
         (AutoModelForCausalLM, "xlnet", {"bi_data": True}, "other positions to the first half"),
+        (AutoModelForCausalLM, "prophetnet", {}, "hidden states of n-grams"),
         (AutoModelForCausalLM, "reformer", {}, "hashes at random"),
         (AutoModelForCausalLM, "gemma4_unified_assistant", {}, "keys of another model"),
         (AutoModelForImageTextToText, "blip", {}, "attends to images from all tokens"),

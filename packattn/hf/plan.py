@@ -69,6 +69,7 @@ _BY_NAME = {
     "Kosmos2ForConditionalGeneration": _BESIDE,
     "MusicgenDecoder": _CODEBOOKS,
     "MusicgenMelodyDecoder": _CODEBOOKS,
+    "ProphetNetDecoder": "makes the hidden states of n-grams beside those of the tokens",
     "PerceiverForMaskedLM": "gives max_position_embeddings logits for every row, whatever its length",
 }
 _ONE_LOGIT_A_ROW = re.compile(r"ForSequenceClassification$")
