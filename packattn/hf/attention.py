@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from packattn.attention import packed_attention
-from packattn.hf.running import RUNNING
+from packattn.hf.running import RUNNING, past_the_hooks
 from packattn.mask import PackedMask
 
 # What models pass to every attention function and what does not change the result here: the mask already holds
@@ -75,10 +75,7 @@ def attention_forward(
             "not build its mask by transformers' mask builders. Remove the patch, and train this model unpacked."
         )
     if running is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-        raise RuntimeError(
-            f"{type(module).__name__} attends by attn_implementation='packattn', but its model is not patched, so that "
-            "nothing tells packed sequences apart. Call packattn.patch(model) after loading it."
-        )
+        raise RuntimeError(past_the_hooks(type(module).__name__))
     return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from packattn.hf.inputs import (
@@ -25,16 +26,19 @@ from packattn.hf.inputs import (
     holds_tokens,
     is_prepared,
     no_restarts,
+    no_spans_of_a_packed_row,
     one_sequence_a_row,
     own_positions,
+    refuse_packed,
     same_sequences,
+    sign,
     text_positions,
     tokens_of,
 )
 from packattn.hf.layout import Layout
-from packattn.hf.masks import Carried, carry
+from packattn.hf.masks import Carried, carry, is_carried
 from packattn.hf.plan import Plan, finds_last_by_padding, one_logit_a_row
-from packattn.hf.running import RUNNING, SUSPENDED, Running
+from packattn.hf.running import RUNNING, SUSPENDED, Running, past_the_hooks
 from packattn.mask import PackedMask
 
 NAME = "packattn"
@@ -65,12 +69,17 @@ def _with_positions(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Give positions to a compiled text model that was told its sequences otherwise: other arguments may get lost."""
     arguments = dict(zip(hook.names, args, strict=False)) | kwargs
-    tokens = tokens_of(arguments)
-    if arguments.get("position_ids") is not None or hook.plan.text_plane or not isinstance(tokens, Tensor):
+    tokens, position_ids = tokens_of(arguments), arguments.get("position_ids")
+    if not isinstance(tokens, Tensor):
+        return None
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
+        no_spans_of_a_packed_row(arguments, position_ids, arguments.get("attention_mask"))
+    if position_ids is not None or hook.plan.text_plane:
         return None
     given = given_sequences(arguments, tokens)
     if given is None:
         return None
+    no_spans_of_a_packed_row(arguments, given, arguments.get("attention_mask"))
     return (), arguments | {"position_ids": given + hook.plan.first_position}
 
 
@@ -114,6 +123,7 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     position_ids, attention_mask = arguments.get("position_ids"), arguments.get("attention_mask")
     cache = cache_of(arguments)
     if holds_tokens(cache) or (cache is not None and is_prepared(attention_mask)):
+        refuse_packed(cache)
         for positions in (position_ids, given_sequences(arguments, tokens)):
             no_restarts(positions, attention_mask, tokens)
         return False
@@ -128,16 +138,13 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
         first_or_later(position_ids, attention_mask, first)
     if given is not None:
         agree(position_ids, given, attention_mask)
-    running.position_ids, running.real = position_ids.expand(tokens.shape[0], -1), attention_mask
+    rows = tokens.shape[0]
+    running.position_ids = position_ids.expand(rows, -1)
+    running.real = attention_mask.expand(rows, -1) if attention_mask is not None else None
     running.packed = True
-    if arguments.get("start_positions") is not None or arguments.get("end_positions") is not None:
-        torch._assert_async(
-            one_sequence_a_row(running.position_ids, attention_mask).all(),
-            "start_positions and end_positions ask for a loss over the tokens of a whole row, across the packed "
-            "sequences. Leave them out, and compute the loss of each sequence from the logits.",
-        )
+    no_spans_of_a_packed_row(arguments, running.position_ids, running.real)
     if running.plan is not None and running.plan.needs_layout:
-        layout = Layout.of(running.position_ids, attention_mask)
+        layout = Layout.of(running.position_ids, running.real)
         if layout.packed:
             running.layout = layout
         elif not layout.full and running.plan.mixes:
@@ -175,6 +182,20 @@ def _check_labels(labels: Any, sequences: int) -> None:
         )
 
 
+def entered(module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a model with one result per row, which `Enter` must have unpacked."""
+    _assert_entered(module)
+    return (before if before is not None else partial(type(module).forward, module))(*args, **kwargs)
+
+
+def _assert_running(module: nn.Module) -> None:
+    if RUNNING.get() is None:
+        raise RuntimeError(past_the_hooks(type(module).__name__))
+
+
+_assert_entered: Callable[..., None] = torch.compiler.disable(_assert_running)  # type: ignore[no-untyped-call]
+
+
 @dataclass
 class Leave:
     """Forward hook that ends what `Enter` began, also after an error."""
@@ -183,30 +204,34 @@ class Leave:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            _leave(module, output)
+            _leave(module)
         elif self.plan.needs_layout:
-            _leave_untraced(module, output)
+            _leave_untraced(module)
 
 
-def _leave(module: nn.Module, output: Any) -> None:
+def _leave(module: nn.Module) -> None:
     running = RUNNING.get()
     if running is not None and running.owner is module:
         RUNNING.set(running.before)
-        _no_result_of_a_packed_row(running, output)
 
 
-def _no_result_of_a_packed_row(running: Running, output: Any) -> None:
-    """Make a pooler_output NaN where it is one vector of a row that holds several sequences.
+def _no_result_of_a_packed_row(carried: Tensor, output: Any) -> Any:
+    """NaN in the place of what a model without a module for it pools (ALBERT, CLIP), where the row is packed.
 
-    Poolers that are modules of their own give one of each sequence; ALBERT, DPR and CLIP have none.
+    Poolers that are modules of their own give one result of each sequence.
+
+    Args:
+        carried: what `carry` made. output: of a builder, whose results of one value per token have three dimensions.
     """
-    pooled = output.get("pooler_output") if isinstance(output, ModelOutput) else None
-    if pooled is None or not running.packed or running.layout is not None or running.position_ids is None:
-        return
-    if running.plan is None or any(kind == "one" for _, _, kind in running.plan.by_sequence):
-        return
-    single = one_sequence_a_row(running.position_ids, running.real)
-    output.pooler_output = torch.where(single[:, None], pooled, float("nan"))
+    single = one_sequence_a_row(*carried.unbind(1))[:, None]
+    if isinstance(output, ModelOutput) and output.get("pooler_output") is not None:
+        output.pooler_output = torch.where(single, output.pooler_output, float("nan"))
+    elif type(output) is tuple:
+        parts = (
+            x if not isinstance(x, Tensor) or x.ndim != 2 else torch.where(single, x, float("nan")) for x in output
+        )
+        return tuple(parts)
+    return output
 
 
 _leave_untraced: Callable[..., None] = torch.compiler.disable(_leave)  # type: ignore[no-untyped-call]
@@ -322,15 +347,24 @@ class Mark:
                 running.entered[id(module)] = module
 
 
+@dataclass
 class Check:
     """Forward hook on a builder: every attention layer that ran must have used a mask of this forward."""
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        running = RUNNING.get()
+    plan: Plan
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        carried = kwargs.get("attention_mask")
+        carried = carried.tensor if isinstance(carried, Carried) else carried
+        if isinstance(carried, Tensor) and is_carried(carried):
+            for part in output.values() if isinstance(output, ModelOutput) else output:
+                if isinstance(part, Cache):
+                    sign(part, *carried.unbind(1))
+            if not any(kind == "one" for _, _, kind in self.plan.by_sequence):
+                output = _no_result_of_a_packed_row(carried, output)
+        running = None if torch.compiler.is_compiling() else RUNNING.get()
         if running is None or not running.packed:
-            return
+            return output
         missed = [layer for key, layer in running.entered.items() if key not in running.ran]
         if missed:
             names = [name for name, layer in module.named_modules() if any(layer is other for other in missed)]
@@ -339,3 +373,4 @@ class Check:
                 "not isolated there. Something replaced the attention after packattn.patch: apply it before, or leave "
                 "it out."
             )
+        return output

@@ -46,6 +46,22 @@ def holds_tokens(cache: Any) -> bool:
         return False
 
 
+def sign(cache: Any, position_ids: Tensor, attention_mask: Any) -> None:
+    """Leave in a cache whether each of its rows is one sequence: bool () on the device, for `refuse_packed`."""
+    cache.packattn_one_sequence_a_row = one_sequence_a_row(position_ids, attention_mask).all()
+
+
+def refuse_packed(cache: Any) -> None:
+    """Assert on the device that a cache to be continued was not filled by a packed forward."""
+    signed = getattr(cache, "packattn_one_sequence_a_row", None)
+    if signed is not None:
+        torch._assert_async(
+            signed,
+            "the cache comes from a packed forward: a token that continues it would see all sequences of the row. "
+            "Pass use_cache=False with packed rows, and fill a cache from rows of one sequence each.",
+        )
+
+
 def is_prepared(attention_mask: Any) -> bool:
     """Whether masks were made before the forward, as generate does for static caches."""
     return isinstance(attention_mask, dict) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
@@ -79,6 +95,16 @@ def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
 def one_sequence_a_row(position_ids: Tensor, attention_mask: Any) -> Tensor:
     """Whether a row holds no more than one sequence: bool (rows,)."""
     return _or_padding(position_ids.diff(dim=1) == 1, attention_mask).all(1)
+
+
+def no_spans_of_a_packed_row(arguments: dict[str, Any], position_ids: Tensor, attention_mask: Any) -> None:
+    """Assert on the device that nobody asks for the loss of question answering over the tokens of a packed row."""
+    if arguments.get("start_positions") is not None or arguments.get("end_positions") is not None:
+        torch._assert_async(
+            one_sequence_a_row(position_ids, attention_mask).all(),
+            "start_positions and end_positions ask for a loss over the tokens of a whole row, across the packed "
+            "sequences. Leave them out, and compute the loss of each sequence from the logits.",
+        )
 
 
 def first_or_later(position_ids: Tensor, attention_mask: Any, first: int) -> None:

@@ -49,8 +49,9 @@ _MIXING_HEADS = {
     "SplinterForQuestionAnswering": _QUESTIONS,
     "SplinterForPreTraining": _QUESTIONS,
     "BigBirdForQuestionAnswering": "takes all up to the first separator of a row for the question",
+    "DPRReader": "makes one relevance logit of every row",
 }
-_ONE_LOGIT_A_ROW = re.compile(r"ForSequenceClassification$")
+_ONE_LOGIT_A_ROW = re.compile(r"(ForSequenceClassification|DPR(Context|Question)Encoder)$")
 
 
 @dataclass
