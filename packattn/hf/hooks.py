@@ -29,7 +29,9 @@ from packattn.hf.inputs import (
     no_spans_of_a_packed_row,
     one_sequence_a_row,
     own_positions,
+    refuse_callers,
     refuse_packed,
+    refuse_trace,
     same_sequences,
     sign,
     text_positions,
@@ -98,8 +100,19 @@ def _enter(
     tokens = tokens_of(arguments)
     if not isinstance(tokens, Tensor):
         return None  # arguments of other names: what comes in is seen where they reach the model inside
+    refuse_callers(hook.plan.entries, arguments.get("input_ids") is None and arguments.get("position_ids") is None)
     running = Running(plan=hook.plan, owner=module, before=before)
     RUNNING.set(running)
+    try:
+        return _arguments(hook, running, module, arguments, tokens)
+    except BaseException:
+        RUNNING.set(before)
+        raise
+
+
+def _arguments(
+    hook: Enter, running: Running, module: nn.Module, arguments: dict[str, Any], tokens: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not prepare(running, arguments, tokens):
         return None
     if running.layout is not None and one_logit_a_row(module):
@@ -109,7 +122,9 @@ def _enter(
     elif running.layout is not None:
         if "use_cache" in hook.names:
             arguments["use_cache"] = False
-        arguments = {name: value for name, value in arguments.items() if name not in _CACHES or value is None}
+        for name in _CACHES:
+            if (cache := arguments.pop(name, None)) is not None and running.position_ids is not None:
+                sign(cache, running.position_ids, running.real)  # left empty, which the next forward would not notice
     if not hook.takes_positions:
         arguments.pop("position_ids", None)
     return (), arguments
@@ -122,8 +137,8 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     """Fill in what a forward is; False where it is left to transformers."""
     position_ids, attention_mask = arguments.get("position_ids"), arguments.get("attention_mask")
     cache = cache_of(arguments)
+    refuse_packed(cache)
     if holds_tokens(cache) or (cache is not None and is_prepared(attention_mask)):
-        refuse_packed(cache)
         for positions in (position_ids, given_sequences(arguments, tokens)):
             no_restarts(positions, attention_mask, tokens)
         return False
@@ -144,6 +159,7 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     running.packed = True
     no_spans_of_a_packed_row(arguments, running.position_ids, running.real)
     if running.plan is not None and running.plan.needs_layout:
+        refuse_trace()
         layout = Layout.of(running.position_ids, running.real)
         if layout.packed:
             running.layout = layout
@@ -207,6 +223,16 @@ class Leave:
             _leave(module)
         elif self.plan.needs_layout:
             _leave_untraced(module)
+
+
+def leaving(module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that `Enter` is on: torch.compile does not call `Leave` after an error."""
+    forward = before if before is not None else partial(type(module).forward, module)
+    try:
+        return forward(*args, **kwargs)
+    except BaseException:
+        _leave_untraced(module)
+        raise
 
 
 def _leave(module: nn.Module) -> None:

@@ -20,11 +20,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from packattn.errors import UnsupportedModelError
 from packattn.hf.by_sequence import by_sequence
-from packattn.hf.hooks import NAME, Carry, Check, Enter, Leave, Mark, entered
+from packattn.hf.hooks import NAME, Carry, Check, Enter, Leave, Mark, entered, leaving
+from packattn.hf.inputs import takes_rows
 from packattn.hf.plan import Plan, make_plan, one_logit_a_row
 from packattn.hf.probe import FAILS, first_position, probe, runs
-
-_OF_A_ROW = re.compile(r"For(SequenceClassification|QuestionAnswering|MultipleChoice)$")
 
 
 class Patch:
@@ -145,9 +144,7 @@ def _results_of_rows_around(model: nn.Module) -> list[str]:
     """
 
     def around() -> list[PreTrainedModel]:
-        heads = (
-            o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel) and _OF_A_ROW.search(type(o).__name__)
-        )
+        heads = (o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel) and takes_rows(o))
         return [head for head in heads if head is not model and any(inner is model for inner in head.modules())]
 
     if around():
@@ -198,6 +195,8 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
         restore.append(_wrap(entry, by_sequence, plan, "equal") if plan.by_length(entry) else _wrap(entry, entered))
     for module in dict.fromkeys([*plan.entries, *builders]):
         restore.append(module.register_forward_hook(Leave(plan), always_call=True).remove)
+        if plan.needs_layout:
+            restore.append(_wrap(module, leaving))
 
 
 def _set_implementation(config: PreTrainedConfig, name: str) -> Callable[[], None]:
