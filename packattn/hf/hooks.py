@@ -1,9 +1,9 @@
 """The hooks that `patch` puts on a model: module-level callables, so that a patched model can be pickled.
 
 A call of the model goes through `Enter` (what came, where the sequences lie), `Carry` on the module that builds masks,
-`Mark` on every attention layer, `Check` when the layers are done and `Leave`. Under torch.compile, where no host value
-is needed, `Enter` only gives positions where the caller said otherwise where sequences lie, and `Carry` works from the
-arguments of its own module.
+`Mark` on every attention layer and `Check` when the layers are done (both in `packattn.hf.guard`), and `Leave`. Under
+torch.compile, where no host value is needed, `Enter` only gives positions where the caller said otherwise where
+sequences lie, and `Carry` works from the arguments of its own module.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
 
 from packattn.hf.inputs import (
     agree,
@@ -27,7 +25,6 @@ from packattn.hf.inputs import (
     is_prepared,
     no_restarts,
     no_spans_of_a_packed_row,
-    one_sequence_a_row,
     own_positions,
     refuse_callers,
     refuse_packed,
@@ -38,7 +35,7 @@ from packattn.hf.inputs import (
     tokens_of,
 )
 from packattn.hf.layout import Layout
-from packattn.hf.masks import Carried, carry, is_carried
+from packattn.hf.masks import Carried, carry
 from packattn.hf.plan import Plan, finds_last_by_padding, one_logit_a_row
 from packattn.hf.running import RUNNING, SUSPENDED, Running, past_the_hooks
 from packattn.mask import PackedMask
@@ -241,25 +238,6 @@ def _leave(module: nn.Module) -> None:
         RUNNING.set(running.before)
 
 
-def _no_result_of_a_packed_row(carried: Tensor, output: Any) -> Any:
-    """NaN in the place of what a model without a module for it pools (ALBERT, CLIP), where the row is packed.
-
-    Poolers that are modules of their own give one result of each sequence.
-
-    Args:
-        carried: what `carry` made. output: of a builder, whose results of one value per token have three dimensions.
-    """
-    single = one_sequence_a_row(*carried.unbind(1))[:, None]
-    if isinstance(output, ModelOutput) and output.get("pooler_output") is not None:
-        output.pooler_output = torch.where(single, output.pooler_output, float("nan"))
-    elif type(output) is tuple:
-        parts = (
-            x if not isinstance(x, Tensor) or x.ndim != 2 else torch.where(single, x, float("nan")) for x in output
-        )
-        return tuple(parts)
-    return output
-
-
 _leave_untraced: Callable[..., None] = torch.compiler.disable(_leave)  # type: ignore[no-untyped-call]
 
 
@@ -361,42 +339,3 @@ def _under(running: Running | None, call: Callable[..., Any], *args: Any) -> Any
         return call(*args)
     finally:
         RUNNING.reset(token)
-
-
-class Mark:
-    """Forward pre-hook on an attention layer: it runs in this forward."""
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            running = RUNNING.get()
-            if running is not None:
-                running.entered[id(module)] = module
-
-
-@dataclass
-class Check:
-    """Forward hook on a builder: every attention layer that ran must have used a mask of this forward."""
-
-    plan: Plan
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        carried = kwargs.get("attention_mask")
-        carried = carried.tensor if isinstance(carried, Carried) else carried
-        if isinstance(carried, Tensor) and is_carried(carried):
-            for part in output.values() if isinstance(output, ModelOutput) else output:
-                if isinstance(part, Cache):
-                    sign(part, *carried.unbind(1))
-            if not any(kind == "one" for _, _, kind in self.plan.by_sequence):
-                output = _no_result_of_a_packed_row(carried, output)
-        running = None if torch.compiler.is_compiling() else RUNNING.get()
-        if running is None or not running.packed:
-            return output
-        missed = [layer for key, layer in running.entered.items() if key not in running.ran]
-        if missed:
-            names = [name for name, layer in module.named_modules() if any(layer is other for other in missed)]
-            raise RuntimeError(
-                f"packattn did not run in {', '.join(names)} ({type(missed[0]).__name__}): the packed sequences were "
-                "not isolated there. Something replaced the attention after packattn.patch: apply it before, or leave "
-                "it out."
-            )
-        return output

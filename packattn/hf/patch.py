@@ -20,7 +20,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from packattn.errors import UnsupportedModelError
 from packattn.hf.by_sequence import by_sequence
-from packattn.hf.hooks import NAME, Carry, Check, Enter, Leave, Mark, entered, leaving
+from packattn.hf.guard import Check, Mark
+from packattn.hf.hooks import NAME, Carry, Enter, Leave, entered, leaving
 from packattn.hf.inputs import takes_rows
 from packattn.hf.plan import Plan, make_plan, one_logit_a_row
 from packattn.hf.probe import FAILS, first_position, probe, runs
