@@ -5,8 +5,9 @@ ids and padding. Of three dimensions, it passes transformers' mask builders unto
 number of keys that they expect; here it is turned into spans.
 """
 
+import sys
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -114,11 +115,19 @@ def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
 
 def _refuse_unhooked(q_length: int, kv_length: int = 0, q_offset: int | Tensor = 0, **_: Any) -> None:
     """Without a cache that holds tokens or room, the hooks carry boundaries here: nothing carried, no hook has run."""
-    # Static caches count on the device, and have room.
+    # Static caches count on the device, and have room, except for a prompt as long as their window.
     if isinstance(q_offset, Tensor) or q_offset > 0 or kv_length != q_length:
         return
-    if torch.compiler.is_compiling() or RUNNING.get() is None:
+    if torch.compiler.is_compiling() or (RUNNING.get() is None and not _before_a_forward()):
         raise RuntimeError(past_the_hooks("a model of attn_implementation='packattn'"))
+
+
+def _before_a_forward() -> bool:
+    """Whether generate makes the masks for a static cache, which it then calls the model with."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != masking_utils.create_masks_for_generate.__name__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _refuse_ambiguous(
