@@ -199,30 +199,122 @@ def test_masks_made_beforehand_over_an_empty_cache_raise_for_a_packed_row():
         model(**inputs, past_key_values=cache)
 
 
-def test_the_loss_of_spans_of_a_whole_row_raises_for_a_packed_row():
-    config = transformers.BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    model = transformers.BertForQuestionAnswering(config).eval()
+QUESTIONS = {
+    "bert": lambda: transformers.BertForQuestionAnswering(transformers.BertConfig(**SMALL)),
+    "llama": lambda: transformers.LlamaForQuestionAnswering(LlamaConfig(**SMALL)),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_the_loss_of_spans_of_a_whole_row_raises_for_a_packed_row(name, compiled):
+    torch._dynamo.reset()
+    model = QUESTIONS[name]().eval()
     row = {"input_ids": torch.arange(3, 12)[None], "position_ids": torch.arange(9)[None]}
     asked = {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([3])}
     plain = model(**row, **asked).loss
     with packattn.patch(model):
-        torch.testing.assert_close(model(**row, **asked).loss, plain)
+        call = torch.compile(model, backend="eager") if compiled else model
+        torch.testing.assert_close(call(**row, **asked).loss, plain)
         row["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
         with pytest.raises(RuntimeError, match="a loss over the tokens of a whole row"):
-            model(**row, **asked)
+            call(**row, **asked)
 
 
-def test_a_result_of_a_packed_row_is_not_a_number():
-    config = transformers.AlbertConfig(
-        vocab_size=99, embedding_size=16, hidden_size=32, num_attention_heads=2, intermediate_size=32
-    )
-    model = transformers.AlbertModel(config).eval()
-    ids, alone = torch.arange(3, 12)[None].expand(2, -1), torch.arange(9)
-    positions = torch.stack([alone, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])])
-    expected = model(input_ids=ids).pooler_output
-    with packattn.patch(model):
-        found = model(input_ids=ids, position_ids=positions).pooler_output
+POOLING = {
+    "albert": lambda: transformers.AlbertModel(transformers.AlbertConfig(**SMALL, embedding_size=16)),
+    "clip": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**SMALL)),
+    "clip projected": lambda: transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**SMALL)),
+    "siglip": lambda: transformers.SiglipTextModel(transformers.SiglipTextConfig(**SMALL)),
+}
+POOLERS = {
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SMALL)),
+    "xlm-roberta": lambda: transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**SMALL | {"pad_token_id": 1})),
+    "dpr": lambda: transformers.DPRQuestionEncoder(transformers.DPRConfig(**SMALL)),
+}
+
+
+def pooled(output):
+    return next(x for x in output.to_tuple() if x.ndim == 2) if hasattr(output, "to_tuple") else output[-1]
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "tuple"])
+@pytest.mark.parametrize("name", POOLING)
+def test_a_result_of_a_packed_row_is_not_a_number(name, how):
+    torch._dynamo.reset()
+    model = POOLING[name]().eval()
+    ids, first = torch.arange(3, 12)[None].expand(2, -1), torch.arange(9)
+    positions = torch.stack([first, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])])
+    expected = pooled(model(input_ids=ids))
+    with packattn.patch(model), torch.no_grad():
+        call = torch.compile(model, backend="eager") if how == "compiled" else model
+        output = call(input_ids=ids, position_ids=positions, return_dict=how != "tuple")
+    found = next(x for x in output if x.ndim == 2) if how == "tuple" else pooled(output)
     torch.testing.assert_close(found[0], expected[0])
     assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "tuple"])
+@pytest.mark.parametrize("name", POOLERS)
+def test_law_1_a_pooler_gives_one_result_of_each_sequence(name, how):
+    torch._dynamo.reset()
+    model, lengths = POOLERS[name]().eval(), [4, 5, 3]
+    batch = packed_row("roberta" if name == "xlm-roberta" else name, lengths)
+    with torch.no_grad():
+        expected = torch.cat([model(input_ids=batch["input_ids"][:, s]).pooler_output for s in spans(lengths)])
+        with packattn.patch(model):
+            call = torch.compile(model, backend="eager") if how == "compiled" else model
+            given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+            output = call(**given, return_dict=how != "tuple")
+    assert_close(output[-1] if how == "tuple" else output.pooler_output, expected)
+
+
+def test_a_reader_with_one_logit_of_every_row_is_refused():
+    with pytest.raises(packattn.UnsupportedModelError, match="one relevance logit of every row"):
+        packattn.patch(transformers.DPRReader(transformers.DPRConfig(**SMALL)))
+
+
+@pytest.mark.parametrize("name", ["llama", "bamba"])
+def test_law_1_one_attention_mask_for_several_rows(name):
+    model, batch = make(name), packed_row(name)
+    ids = batch["input_ids"].expand(2, -1)
+    mask = torch.ones_like(batch["input_ids"])
+    with torch.no_grad():
+        expected = alone(model, batch)
+        with packattn.patch(model):
+            found = model(input_ids=ids, position_ids=batch["position_ids"], attention_mask=mask).logits
+    assert_close(found, expected.expand(2, -1, -1))
+
+
+HEADS = {
+    "llama": (lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL)), "model"),
+    "roberta": (
+        lambda: transformers.RobertaForSequenceClassification(
+            transformers.RobertaConfig(**SMALL | {"pad_token_id": 1})
+        ),
+        "roberta",
+    ),
+    "questions": (QUESTIONS["bert"], "bert"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_law_3_a_model_inside_of_a_head_that_takes_rows_is_refused(name):
+    maker, attribute = HEADS[name]
+    head = maker().eval()
+    inner = getattr(head, attribute)
+    with pytest.raises(packattn.UnsupportedModelError, match=f"it is a part of a {type(head).__name__}"):
+        packattn.patch(inner)
+    del head
+    packattn.patch(inner)  # nobody else holds it
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_law_3_the_forward_of_a_classifier_raises(compiled):
+    torch._dynamo.reset()
+    model, batch = LlamaForSequenceClassification(LlamaConfig(**SMALL)).eval(), packed_row("llama")
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    with packattn.patch(model):
+        forward = torch.compile(model.forward, backend="eager") if compiled else model.forward
+        with pytest.raises(RuntimeError, match=r"runs past the hooks of packattn\.patch"):
+            forward(**given)

@@ -1,9 +1,18 @@
 """The guard: a packed batch goes through a patched model, and something has changed since or is not as it seems."""
 
+import warnings
+
 import pytest
 import torch
 from tiny_models import VOCABULARY, alone, assert_close, make, packed_row
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -70,6 +79,58 @@ def test_law_3_packing_over_a_cache_raises(cache):
         # An empty cache that grows holds nothing yet: the row is packed.
         with_cache = model(**inputs, past_key_values=DynamicCache(config=model.config)).logits
         assert_close(with_cache, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_law_3_a_cache_filled_by_a_packed_forward_cannot_be_continued(given, compiled):
+    torch._dynamo.reset()
+    model, batch = make("llama"), packed_row("llama")
+    one_more = torch.tensor([[5]])
+    with packattn.patch(model), torch.no_grad():
+        call = torch.compile(model, backend="eager") if compiled else model
+        extra = {"past_key_values": DynamicCache(config=model.config)} if given else {"use_cache": True}
+        cache = call(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **extra).past_key_values
+        with pytest.raises(RuntimeError, match="the cache comes from a packed forward"):
+            call(input_ids=one_more, past_key_values=cache)
+        whole = call(input_ids=batch["input_ids"], use_cache=True).past_key_values
+        found = call(input_ids=one_more, past_key_values=whole).logits
+        assert_close(found, model(input_ids=torch.cat([batch["input_ids"], one_more], 1)).logits[:, -1:])
+
+
+def small(name):
+    if name == "bloom":
+        return AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING[name])).eval()
+    return make(name)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["llama", "bert", "bamba", "mamba", "bloom"])
+def test_law_3_a_forward_past_the_hooks_raises(name, compiled):
+    torch._dynamo.reset()
+    model = small(name)
+    batch = packed_row(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # by rows
+        packattn.patch(model)
+    forward = model.base_model.forward
+    forward = torch.compile(forward, backend="eager") if compiled else forward
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"runs past the hooks of packattn\.patch"):
+        forward(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+
+
+@pytest.mark.parametrize("name", ["roberta", "ibert", "nystromformer", "bert"])
+def test_positions_begin_where_they_do_whether_the_weights_are_here_or_not(name):
+    from packattn.hf.plan import make_plan
+    from packattn.hf.probe import first_position
+
+    def begins():
+        model = AutoModelForMaskedLM.from_config(shrink(CONFIG_MAPPING[name]))
+        return first_position(make_plan(model).builders[-1][1])
+
+    with torch.device("meta"):
+        elsewhere = begins()
+    assert elsewhere == begins() == (0 if name == "bert" else 2)
 
 
 def test_law_3_positions_below_the_first_of_the_model_raise():

@@ -137,6 +137,17 @@ def test_peft_prompt_learning_is_refused():
         packattn.patch(model)
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_peft_prompt_learning_around_a_patched_model_raises(kind):
+    peft = pytest.importorskip("peft", reason="pip install 'packattn[integrations]'")
+    model, batch = make("llama"), packed_row("llama")
+    packattn.patch(model)
+    adapted = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    warnings.simplefilter("ignore")  # PEFT says that it drops position_ids
+    with pytest.raises(NotImplementedError, match="prompt learning puts virtual tokens"):
+        adapted(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+
+
 LIGER = """
 import sys, torch, packattn
 sys.path.insert(0, "tests")

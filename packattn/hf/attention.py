@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from packattn.attention import packed_attention
-from packattn.hf.running import RUNNING
+from packattn.hf.running import RUNNING, past_the_hooks
 from packattn.mask import PackedMask
 
 # What models pass to every attention function and what does not change the result here: the mask already holds
@@ -55,7 +55,13 @@ def attention_forward(
             f"{type(module).__name__} passes {', '.join(unknown)} to attention, which packattn does not honour. "
             "Train this model unpacked, without packattn.patch."
         )
-    running = None if torch.compiler.is_compiling() else RUNNING.get()
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "packattn has no rules for torch.func transforms (vmap, grad, jvp). Use autograd and a loop, or remove the "
+            "patch and run one sequence a row."
+        )
+    running = None if compiling else RUNNING.get()
     packed = running is not None and running.packed
     if isinstance(attention_mask, PackedMask):
         if running is not None and packed:
@@ -74,11 +80,8 @@ def attention_forward(
             f"{type(module).__name__} got no packattn mask, so packed sequences would not be isolated: the model does "
             "not build its mask by transformers' mask builders. Remove the patch, and train this model unpacked."
         )
-    if running is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-        raise RuntimeError(
-            f"{type(module).__name__} attends by attn_implementation='packattn', but its model is not patched, so that "
-            "nothing tells packed sequences apart. Call packattn.patch(model) after loading it."
-        )
+    if running is None and not compiling and torch._C._current_graph_task_id() == -1:
+        raise RuntimeError(past_the_hooks(type(module).__name__))
     return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
 
 

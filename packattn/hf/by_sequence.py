@@ -13,7 +13,7 @@ from packattn.hf.layout import Group, by_group
 from packattn.hf.masks import Carried, is_carried
 from packattn.hf.plan import Plan
 from packattn.hf.rope import forget
-from packattn.hf.running import RUNNING, SUSPENDED
+from packattn.hf.running import RUNNING, SUSPENDED, past_the_hooks
 
 
 def by_sequence(
@@ -35,6 +35,8 @@ def _by_sequence(
             f"{type(module).__name__} was recomputed in the backward pass without the boundaries of its packed rows. "
             "Checkpoint by model.gradient_checkpointing_enable(), which packattn knows."
         )
+    if running is None and kind != "one":
+        raise RuntimeError(past_the_hooks(type(module).__name__))
     layout = running.layout if running is not None and running is not SUSPENDED else None
     if running is not None and running.packed:
         forget(module)

@@ -1,9 +1,9 @@
 """The hooks that `patch` puts on a model: module-level callables, so that a patched model can be pickled.
 
 A call of the model goes through `Enter` (what came, where the sequences lie), `Carry` on the module that builds masks,
-`Mark` on every attention layer, `Check` when the layers are done and `Leave`. Under torch.compile, where no host value
-is needed, `Enter` only gives positions where the caller said otherwise where sequences lie, and `Carry` works from the
-arguments of its own module.
+`Mark` on every attention layer and `Check` when the layers are done (both in `packattn.hf.guard`), and `Leave`. Under
+torch.compile, where no host value is needed, `Enter` only gives positions where the caller said otherwise where
+sequences lie, and `Carry` works from the arguments of its own module.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from packattn.hf.inputs import (
     agree,
@@ -25,16 +24,20 @@ from packattn.hf.inputs import (
     holds_tokens,
     is_prepared,
     no_restarts,
-    one_sequence_a_row,
+    no_spans_of_a_packed_row,
     own_positions,
+    refuse_callers,
+    refuse_packed,
+    refuse_trace,
     same_sequences,
+    sign,
     text_positions,
     tokens_of,
 )
 from packattn.hf.layout import Layout
 from packattn.hf.masks import Carried, carry
 from packattn.hf.plan import Plan, finds_last_by_padding, one_logit_a_row
-from packattn.hf.running import RUNNING, SUSPENDED, Running
+from packattn.hf.running import RUNNING, SUSPENDED, Running, past_the_hooks
 from packattn.mask import PackedMask
 
 NAME = "packattn"
@@ -65,12 +68,17 @@ def _with_positions(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Give positions to a compiled text model that was told its sequences otherwise: other arguments may get lost."""
     arguments = dict(zip(hook.names, args, strict=False)) | kwargs
-    tokens = tokens_of(arguments)
-    if arguments.get("position_ids") is not None or hook.plan.text_plane or not isinstance(tokens, Tensor):
+    tokens, position_ids = tokens_of(arguments), arguments.get("position_ids")
+    if not isinstance(tokens, Tensor):
+        return None
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
+        no_spans_of_a_packed_row(arguments, position_ids, arguments.get("attention_mask"))
+    if position_ids is not None or hook.plan.text_plane:
         return None
     given = given_sequences(arguments, tokens)
     if given is None:
         return None
+    no_spans_of_a_packed_row(arguments, given, arguments.get("attention_mask"))
     return (), arguments | {"position_ids": given + hook.plan.first_position}
 
 
@@ -89,8 +97,19 @@ def _enter(
     tokens = tokens_of(arguments)
     if not isinstance(tokens, Tensor):
         return None  # arguments of other names: what comes in is seen where they reach the model inside
+    refuse_callers(hook.plan.entries, arguments.get("input_ids") is None and arguments.get("position_ids") is None)
     running = Running(plan=hook.plan, owner=module, before=before)
     RUNNING.set(running)
+    try:
+        return _arguments(hook, running, module, arguments, tokens)
+    except BaseException:
+        RUNNING.set(before)
+        raise
+
+
+def _arguments(
+    hook: Enter, running: Running, module: nn.Module, arguments: dict[str, Any], tokens: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not prepare(running, arguments, tokens):
         return None
     if running.layout is not None and one_logit_a_row(module):
@@ -100,7 +119,9 @@ def _enter(
     elif running.layout is not None:
         if "use_cache" in hook.names:
             arguments["use_cache"] = False
-        arguments = {name: value for name, value in arguments.items() if name not in _CACHES or value is None}
+        for name in _CACHES:
+            if (cache := arguments.pop(name, None)) is not None and running.position_ids is not None:
+                sign(cache, running.position_ids, running.real)  # left empty, which the next forward would not notice
     if not hook.takes_positions:
         arguments.pop("position_ids", None)
     return (), arguments
@@ -113,6 +134,7 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     """Fill in what a forward is; False where it is left to transformers."""
     position_ids, attention_mask = arguments.get("position_ids"), arguments.get("attention_mask")
     cache = cache_of(arguments)
+    refuse_packed(cache)
     if holds_tokens(cache) or (cache is not None and is_prepared(attention_mask)):
         for positions in (position_ids, given_sequences(arguments, tokens)):
             no_restarts(positions, attention_mask, tokens)
@@ -128,16 +150,14 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
         first_or_later(position_ids, attention_mask, first)
     if given is not None:
         agree(position_ids, given, attention_mask)
-    running.position_ids, running.real = position_ids.expand(tokens.shape[0], -1), attention_mask
+    rows = tokens.shape[0]
+    running.position_ids = position_ids.expand(rows, -1)
+    running.real = attention_mask.expand(rows, -1) if attention_mask is not None else None
     running.packed = True
-    if arguments.get("start_positions") is not None or arguments.get("end_positions") is not None:
-        torch._assert_async(
-            one_sequence_a_row(running.position_ids, attention_mask).all(),
-            "start_positions and end_positions ask for a loss over the tokens of a whole row, across the packed "
-            "sequences. Leave them out, and compute the loss of each sequence from the logits.",
-        )
+    no_spans_of_a_packed_row(arguments, running.position_ids, running.real)
     if running.plan is not None and running.plan.needs_layout:
-        layout = Layout.of(running.position_ids, attention_mask)
+        refuse_trace()
+        layout = Layout.of(running.position_ids, running.real)
         if layout.packed:
             running.layout = layout
         elif not layout.full and running.plan.mixes:
@@ -175,6 +195,20 @@ def _check_labels(labels: Any, sequences: int) -> None:
         )
 
 
+def entered(module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a model with one result per row, which `Enter` must have unpacked."""
+    _assert_entered(module)
+    return (before if before is not None else partial(type(module).forward, module))(*args, **kwargs)
+
+
+def _assert_running(module: nn.Module) -> None:
+    if RUNNING.get() is None:
+        raise RuntimeError(past_the_hooks(type(module).__name__))
+
+
+_assert_entered: Callable[..., None] = torch.compiler.disable(_assert_running)  # type: ignore[no-untyped-call]
+
+
 @dataclass
 class Leave:
     """Forward hook that ends what `Enter` began, also after an error."""
@@ -183,30 +217,25 @@ class Leave:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            _leave(module, output)
+            _leave(module)
         elif self.plan.needs_layout:
-            _leave_untraced(module, output)
+            _leave_untraced(module)
 
 
-def _leave(module: nn.Module, output: Any) -> None:
+def leaving(module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that `Enter` is on: torch.compile does not call `Leave` after an error."""
+    forward = before if before is not None else partial(type(module).forward, module)
+    try:
+        return forward(*args, **kwargs)
+    except BaseException:
+        _leave_untraced(module)
+        raise
+
+
+def _leave(module: nn.Module) -> None:
     running = RUNNING.get()
     if running is not None and running.owner is module:
         RUNNING.set(running.before)
-        _no_result_of_a_packed_row(running, output)
-
-
-def _no_result_of_a_packed_row(running: Running, output: Any) -> None:
-    """Make a pooler_output NaN where it is one vector of a row that holds several sequences.
-
-    Poolers that are modules of their own give one of each sequence; ALBERT, DPR and CLIP have none.
-    """
-    pooled = output.get("pooler_output") if isinstance(output, ModelOutput) else None
-    if pooled is None or not running.packed or running.layout is not None or running.position_ids is None:
-        return
-    if running.plan is None or any(kind == "one" for _, _, kind in running.plan.by_sequence):
-        return
-    single = one_sequence_a_row(running.position_ids, running.real)
-    output.pooler_output = torch.where(single[:, None], pooled, float("nan"))
 
 
 _leave_untraced: Callable[..., None] = torch.compiler.disable(_leave)  # type: ignore[no-untyped-call]
@@ -310,32 +339,3 @@ def _under(running: Running | None, call: Callable[..., Any], *args: Any) -> Any
         return call(*args)
     finally:
         RUNNING.reset(token)
-
-
-class Mark:
-    """Forward pre-hook on an attention layer: it runs in this forward."""
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            running = RUNNING.get()
-            if running is not None:
-                running.entered[id(module)] = module
-
-
-class Check:
-    """Forward hook on a builder: every attention layer that ran must have used a mask of this forward."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        running = RUNNING.get()
-        if running is None or not running.packed:
-            return
-        missed = [layer for key, layer in running.entered.items() if key not in running.ran]
-        if missed:
-            names = [name for name, layer in module.named_modules() if any(layer is other for other in missed)]
-            raise RuntimeError(
-                f"packattn did not run in {', '.join(names)} ({type(missed[0]).__name__}): the packed sequences were "
-                "not isolated there. Something replaced the attention after packattn.patch: apply it before, or leave "
-                "it out."
-            )

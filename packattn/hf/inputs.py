@@ -1,16 +1,50 @@
 """What a call of a patched model may bring, and the errors that say what it may not."""
 
+import re
+import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from transformers import PreTrainedModel
 
 from packattn.boundaries import Boundaries
 from packattn.mask import PackedMask
 
+_OF_A_ROW = re.compile(r"For(SequenceClassification|QuestionAnswering|MultipleChoice)$")
 # What says where sequences lie beside position_ids.
 _EXPLICIT = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def refuse_callers(entries: Collection[nn.Module], tokens_only: bool) -> None:
+    """Raise where a module around the patched one, put there after the patch, spoils packed rows.
+
+    Args:
+        entries: the patched models. tokens_only: embeddings came, and nothing that says where sequences lie.
+    """
+    frame = sys._getframe(1)
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+        if not isinstance(caller, nn.Module) or caller in entries:
+            continue
+        if tokens_only and getattr(getattr(caller, "active_peft_config", None), "is_prompt_learning", False):
+            raise NotImplementedError(
+                "PEFT prompt learning puts virtual tokens before the row and drops position_ids, so that packed "
+                "sequences would not be isolated. Remove the patch, and train this model unpacked."
+            )
+        if takes_rows(caller):
+            raise NotImplementedError(
+                f"{type(caller).__name__} works out one result of every row, around a model that was patched by "
+                f"itself. Call .remove() of the Patch, and packattn.patch on the {type(caller).__name__}."
+            )
+
+
+def takes_rows(module: nn.Module) -> bool:
+    """Whether a model of transformers makes one result, or one loss, of every row of the model inside."""
+    return isinstance(module, PreTrainedModel) and bool(_OF_A_ROW.search(type(module).__name__))
 
 
 def tokens_of(arguments: dict[str, Any]) -> Any:
@@ -46,6 +80,22 @@ def holds_tokens(cache: Any) -> bool:
         return False
 
 
+def sign(cache: Any, position_ids: Tensor, attention_mask: Any) -> None:
+    """Leave in a cache whether each of its rows is one sequence: bool () on the device, for `refuse_packed`."""
+    cache.packattn_one_sequence_a_row = one_sequence_a_row(position_ids, attention_mask).all()
+
+
+def refuse_packed(cache: Any) -> None:
+    """Assert on the device that a cache to be continued was not filled by a packed forward."""
+    signed = getattr(cache, "packattn_one_sequence_a_row", None)
+    if signed is not None:
+        torch._assert_async(
+            signed,
+            "the cache comes from a packed forward: a token that continues it would see all sequences of the row. "
+            "Pass use_cache=False with packed rows, and fill a cache from rows of one sequence each.",
+        )
+
+
 def is_prepared(attention_mask: Any) -> bool:
     """Whether masks were made before the forward, as generate does for static caches."""
     return isinstance(attention_mask, dict) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
@@ -79,6 +129,25 @@ def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
 def one_sequence_a_row(position_ids: Tensor, attention_mask: Any) -> Tensor:
     """Whether a row holds no more than one sequence: bool (rows,)."""
     return _or_padding(position_ids.diff(dim=1) == 1, attention_mask).all(1)
+
+
+def no_spans_of_a_packed_row(arguments: dict[str, Any], position_ids: Tensor, attention_mask: Any) -> None:
+    """Assert on the device that nobody asks for the loss of question answering over the tokens of a packed row."""
+    if arguments.get("start_positions") is not None or arguments.get("end_positions") is not None:
+        torch._assert_async(
+            one_sequence_a_row(position_ids, attention_mask).all(),
+            "start_positions and end_positions ask for a loss over the tokens of a whole row, across the packed "
+            "sequences. Leave them out, and compute the loss of each sequence from the logits.",
+        )
+
+
+def refuse_trace() -> None:
+    """Raise where a forward that reads lengths back to the host is recorded, to be run on other rows."""
+    if torch._C._get_tracing_state() is not None or get_proxy_mode() is not None:
+        raise NotImplementedError(
+            "this model runs layers by sequence, and a trace or export of it would keep the lengths of the example for "
+            "all rows. Use torch.compile(model), or trace the model without the patch, on one sequence a row."
+        )
 
 
 def first_or_later(position_ids: Tensor, attention_mask: Any, first: int) -> None:

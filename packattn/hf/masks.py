@@ -5,8 +5,9 @@ ids and padding. Of three dimensions, it passes transformers' mask builders unto
 number of keys that they expect; here it is turned into spans.
 """
 
+import sys
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedConfig, masking_utils
 from packattn.attention import schedule
 from packattn.boundaries import Boundaries, boundaries
 from packattn.errors import UnsupportedMaskError
-from packattn.hf.running import RUNNING
+from packattn.hf.running import RUNNING, past_the_hooks
 from packattn.mask import PackedMask, block_starts
 
 
@@ -69,6 +70,7 @@ def packed_mask(
     if isinstance(attention_mask, Carried):
         attention_mask = attention_mask.tensor
     if not is_carried(attention_mask):
+        _refuse_unhooked(q_length, **others)
         others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         dense: Tensor = masking_utils.sdpa_mask(
             q_length=q_length, mask_function=mask_function, attention_mask=attention_mask, **others
@@ -109,6 +111,23 @@ def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
         f"packattn does not know this model's mask to be one span of keys per token: {' and '.join(sorted(names))}. "
         "Train this model unpacked, one example a row, without packattn.patch."
     )
+
+
+def _refuse_unhooked(q_length: int, kv_length: int = 0, q_offset: int | Tensor = 0, **_: Any) -> None:
+    """Without a cache that holds tokens or room, the hooks carry boundaries here: nothing carried, no hook has run."""
+    # Static caches count on the device, and have room, except for a prompt as long as their window.
+    if isinstance(q_offset, Tensor) or q_offset > 0 or kv_length != q_length:
+        return
+    if torch.compiler.is_compiling() or (RUNNING.get() is None and not _before_a_forward()):
+        raise RuntimeError(past_the_hooks("a model of attn_implementation='packattn'"))
+
+
+def _before_a_forward() -> bool:
+    """Whether generate makes the masks for a static cache, which it then calls the model with."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != masking_utils.create_masks_for_generate.__name__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _refuse_ambiguous(

@@ -5,6 +5,7 @@ hooks carry position ids and padding to the mask function. Layers that mix along
 row per sequence (see `packattn.hf.plan` for what is done where).
 """
 
+import gc
 import inspect
 import re
 import warnings
@@ -19,8 +20,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from packattn.errors import UnsupportedModelError
 from packattn.hf.by_sequence import by_sequence
-from packattn.hf.hooks import NAME, Carry, Check, Enter, Leave, Mark
-from packattn.hf.plan import Plan, make_plan
+from packattn.hf.guard import Check, Mark
+from packattn.hf.hooks import NAME, Carry, Enter, Leave, entered, leaving
+from packattn.hf.inputs import takes_rows
+from packattn.hf.plan import Plan, make_plan, one_logit_a_row
 from packattn.hf.probe import FAILS, first_position, probe, runs
 
 
@@ -106,6 +109,7 @@ def patch(model: nn.Module) -> Patch:
     if is_patched(model):
         raise ValueError("model is patched already; call .remove() of the Patch that packattn.patch returned first.")
     plan = make_plan(model)
+    plan.refused += _results_of_rows_around(model)
     name = type(model).__name__
     if plan.refused:
         listed = "\n".join(f"  - {reason}" for reason in plan.refused)
@@ -134,6 +138,24 @@ def patch(model: nn.Module) -> Patch:
     return Patch(model, plan, restore)
 
 
+def _results_of_rows_around(model: nn.Module) -> list[str]:
+    """Reasons not to patch a model inside of others that make one result, or one loss, of every row.
+
+    Modules do not know what holds them; the garbage collector does.
+    """
+
+    def around() -> list[PreTrainedModel]:
+        heads = (o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel) and takes_rows(o))
+        return [head for head in heads if head is not model and any(inner is model for inner in head.modules())]
+
+    if around():
+        gc.collect()  # what nobody holds any more
+    return [
+        f"it is a part of a {type(head).__name__}, which works out one result of every row: call packattn.patch on that"
+        for head in around()
+    ]
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether hooks of a patch are on the model."""
     return any(isinstance(hook, Enter) for module in model.modules() for hook in module._forward_pre_hooks.values())
@@ -157,7 +179,7 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
         for config in configs_of(builders):
             if config._attn_implementation == NAME:  # loaded so
                 restore.append(_set_implementation(config, "eager"))
-        restore.append(_wrap(builders[0], plan, "equal"))
+        restore.append(_wrap(builders[0], by_sequence, plan, "equal"))
     else:
         for config in configs_of([*builders, *plan.entries]):
             restore.append(_set_implementation(config, NAME))
@@ -165,14 +187,17 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
             four = bool(re.search(r"attention_mask\.(view|reshape)\(", inspect.getsource(type(builder))))
             carry = Carry(plan, list(inspect.signature(builder.forward).parameters), four)
             restore.append(builder.register_forward_pre_hook(carry, with_kwargs=True).remove)
-        restore.append(builders[0].register_forward_hook(Check()).remove)
+        restore.append(builders[0].register_forward_hook(Check(plan), with_kwargs=True).remove)
         for _, module in plan.attention:
             restore.append(module.register_forward_pre_hook(Mark()).remove)
         for _, module, kind in plan.by_sequence:
-            restore.append(_wrap(module, plan, kind))
-    restore += [_wrap(entry, plan, "equal") for entry in plan.entries if plan.by_length(entry)]
+            restore.append(_wrap(module, by_sequence, plan, kind))
+    for entry in filter(one_logit_a_row, plan.entries):
+        restore.append(_wrap(entry, by_sequence, plan, "equal") if plan.by_length(entry) else _wrap(entry, entered))
     for module in dict.fromkeys([*plan.entries, *builders]):
         restore.append(module.register_forward_hook(Leave(plan), always_call=True).remove)
+        if plan.needs_layout:
+            restore.append(_wrap(module, leaving))
 
 
 def _set_implementation(config: PreTrainedConfig, name: str) -> Callable[[], None]:
@@ -185,9 +210,9 @@ def _set_implementation(config: PreTrainedConfig, name: str) -> Callable[[], Non
     return restore
 
 
-def _wrap(module: nn.Module, plan: Plan, kind: str) -> Callable[[], None]:
+def _wrap(module: nn.Module, wrapper: Callable[..., Any], *options: Any) -> Callable[[], None]:
     before = vars(module).get("forward")
-    forward: Any = partial(by_sequence, module, before, plan, kind)
+    forward: Any = partial(wrapper, module, before, *options)
     forward.__signature__ = inspect.signature(module.forward)
     module.forward = forward
 

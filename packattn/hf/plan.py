@@ -71,8 +71,9 @@ _BY_NAME = {
     "MusicgenMelodyDecoder": _CODEBOOKS,
     "ProphetNetDecoder": "makes the hidden states of n-grams beside those of the tokens",
     "PerceiverForMaskedLM": "gives max_position_embeddings logits for every row, whatever its length",
+    "DPRReader": "makes one relevance logit of every row",
 }
-_ONE_LOGIT_A_ROW = re.compile(r"ForSequenceClassification$")
+_ONE_LOGIT_A_ROW = re.compile(r"(ForSequenceClassification|DPR(Context|Question)Encoder)$")
 
 
 @dataclass

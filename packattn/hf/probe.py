@@ -14,6 +14,7 @@ from packattn.hf.running import RUNNING, SUSPENDED
 
 _LENGTHS = (3, 5)
 _ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)  # NotImplementedError is one
+_FROM_TWO = {"mra", "nystromformer", "yoso"}  # by a constant in their code
 FAILS = "its code fails on packattn's masks: "
 
 
@@ -85,10 +86,13 @@ def beside_text(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
 def first_position(builder: PreTrainedModel) -> int:
     """Where a model's own positions begin: 0, or after the padding index in the RoBERTa family.
 
-    Found by which positions give what the model gives without any. 0 if it cannot be run here.
+    Found by which positions give what the model gives without any; where it cannot be run here, by the padding index
+    of its table of positions.
     """
-    if "position_ids" not in inspect.signature(builder.forward).parameters or not runnable(builder):
+    if "position_ids" not in inspect.signature(builder.forward).parameters:
         return 0
+    if not runnable(builder):
+        return _first_by_structure(builder)
     ids = _ids(builder)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     padding = getattr(builder.config, "pad_token_id", None)
@@ -106,6 +110,14 @@ def first_position(builder: PreTrainedModel) -> int:
     finally:
         RUNNING.reset(token)
     return 0
+
+
+def _first_by_structure(builder: PreTrainedModel) -> int:
+    if builder.config.model_type in _FROM_TWO:
+        return 2
+    tables = (getattr(module, "position_embeddings", None) for module in builder.modules())
+    padding = (getattr(table, "padding_idx", None) for table in tables)
+    return next((index + 1 for index in padding if index is not None), 0)
 
 
 @contextmanager

@@ -38,6 +38,15 @@ class Running:
     ran: set[int] = field(default_factory=set)
 
 
+def past_the_hooks(what: str) -> str:
+    """The error of a layer or model that runs where nothing tells packed sequences apart."""
+    return (
+        f"{what} runs past the hooks of packattn.patch, so that nothing tells packed sequences apart: its model is not "
+        "patched, or was called by its forward, or got no tensor named input_ids or inputs_embeds. Call "
+        "packattn.patch(model), and then model(...) or torch.compile(model), not model.forward."
+    )
+
+
 # None outside of a forward. SUSPENDED: the model runs in transformers' own attention (verify, rows of one sequence).
 RUNNING: ContextVar[Running | None] = ContextVar("packattn_running", default=None)
 SUSPENDED = Running()

@@ -1,0 +1,120 @@
+"""A patched model that something is put around: heads, traces, transforms, torch.compile after an error, generation."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.fx.experimental.proxy_tensor
+from tiny_models import alone, assert_close, make, packed_row, spans
+from transformers import LlamaConfig, PreTrainedModel
+
+import packattn
+from packattn.hf.running import RUNNING
+
+
+class Wrapper(PreTrainedModel):
+    """What makes one result of every row, around a model that was patched before."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, inner):
+        super().__init__(inner.config)
+        self.inner = inner
+
+    def forward(self, **inputs):
+        return self.inner(**inputs).last_hidden_state[:, -1]
+
+
+class WrapperForSequenceClassification(Wrapper):
+    pass
+
+
+def test_law_3_a_head_put_around_a_patched_model_raises():
+    model, batch = make("llama").model, packed_row("llama")
+    packattn.patch(model)
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    Wrapper(model)(**given)
+    with pytest.raises(NotImplementedError, match="one result of every row, around a model that was patched by itself"):
+        WrapperForSequenceClassification(model)(**given)
+
+
+@pytest.mark.parametrize("how", ["make_fx", "export"])
+def test_law_3_a_trace_of_layers_by_sequence_raises(how):
+    model, batch = make("bamba"), packed_row("bamba")
+    given = (batch["input_ids"], batch["position_ids"])
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, positions):
+            return self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+    packattn.patch(model)
+    make_fx = torch.fx.experimental.proxy_tensor.make_fx(Logits())
+    record = (
+        partial(torch.export.export, Logits(), given, strict=False) if how == "export" else partial(make_fx, *given)
+    )
+    with pytest.raises(NotImplementedError, match="would keep the lengths of the example"):
+        record()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_law_1_a_model_of_spans_exports(strict):
+    model, lengths = make("llama"), [7, 19, 1, 13]
+    batch, other = packed_row("llama", lengths), packed_row("llama", lengths[::-1])
+
+    def given(batch):
+        return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+
+    with torch.no_grad():
+        expected = alone(model, other, lengths[::-1])
+        with packattn.patch(model):
+            program = torch.export.export(model, (), given(batch), strict=strict).module()
+        assert_close(program(**given(other)).logits, expected)
+
+
+TRANSFORMS = {
+    "vmap": lambda loss, x: torch.vmap(loss)(x[None]),
+    "grad": lambda loss, x: torch.func.grad(loss)(x),
+    "jvp": lambda loss, x: torch.func.jvp(loss, (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_of_torch_func_raise(transform):
+    model, batch = make("llama"), packed_row("llama")
+    x = model.get_input_embeddings()(batch["input_ids"]).detach()
+
+    def loss(x):
+        return model(inputs_embeds=x, position_ids=batch["position_ids"], use_cache=False).logits.square().mean()
+
+    with packattn.patch(model), pytest.raises(NotImplementedError, match=r"no rules for torch\.func"):
+        transform(loss, x)
+
+
+def test_law_1_an_error_in_a_compiled_hybrid_leaves_nothing_for_the_next_call():
+    torch._dynamo.reset()
+    model, batch = make("bamba"), packed_row("bamba")
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    with torch.no_grad():
+        expected = alone(model, batch)
+        with packattn.patch(model):
+            compiled = torch.compile(model, backend="eager")
+            with pytest.raises(Exception, match=r"shape|size|batch"):
+                compiled(**given, labels=batch["labels"][:, :3])
+            assert_close(compiled(**given).logits, expected)
+            assert RUNNING.get() is None
+
+
+@pytest.mark.parametrize("name", ["llama", "bamba"])
+def test_law_3_a_packed_prompt_is_not_generated_from_with_a_cache(name):
+    model, batch = make(name), packed_row(name)
+    given = {"position_ids": batch["position_ids"], "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    last = batch["input_ids"][:, spans()[-1]]
+    expected = model.generate(last, max_new_tokens=3, do_sample=False, eos_token_id=None)[:, -3:]
+    with packattn.patch(model):
+        with pytest.raises(RuntimeError, match="the cache comes from a packed forward"):
+            model.generate(batch["input_ids"], **given)
+        assert torch.equal(model.generate(batch["input_ids"], **given, use_cache=False)[:, -3:], expected)
