@@ -14,6 +14,7 @@ import json
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -435,12 +436,13 @@ def table(entries: dict[tuple[str, str], dict]) -> str:
         "",
         f"Every architecture that transformers {transformers.__version__} registers, as a tiny random float32 model,",
         "and three models with real weights: logits and gradients of packed rows under `packattn.patch` against",
-        f"the sequences run alone, in eight call styles ({', '.join(STYLES)}).",
+        "the sequences run alone, in eight call styles:",
+        f"{', '.join(STYLES)}.",
         "Windows, chunks, top-k and original context lengths are shorter than the sequences. Measured by",
         "`python -m benchmarks.architectures --again`, written by `--table`.",
         "",
         "* **exact**: equal to rounding in every style that the architecture has. How:",
-        *(f"  * *{how}*: {what}" for how, what in HOW.items()),
+        *(textwrap.fill(f"  * *{how}*: {what}", 120, subsequent_indent="    ") for how, what in HOW.items()),
         "* **refused**: raises before the first number, for the reason given.",
         "* **not run**: no verdict: the tiny model could not be built or run alone, for the reason given.",
         "",
