@@ -4,7 +4,7 @@
 
 For each architecture a tiny random model (`packattn.hf.tiny`), and a few with real weights, are run on their sequences
 one by one, unpatched, and then patched on packed rows: logits and gradients of all parameters must agree. The log
-(out/architectures.jsonl) resumes; --table writes docs/architectures.md from it.
+(out/architectures.jsonl) resumes; --table writes docs/architectures.md from it. Three need timm, torchvision and scipy.
 """
 
 import argparse
@@ -169,7 +169,7 @@ class Case:
         return {name: g for (name, _), g in zip(named, found, strict=True) if g is not None}
 
     def check(self, style: str) -> tuple[str, str]:
-        """(exact | refused | silent | error, why)."""
+        """(exact | refused | silent | error, or absent: no such style without packattn either; why)."""
         rows = 2 if style in ("several rows", "padded tail") else 1
         inputs = {"input_ids": self.ids[:rows].clone(), "position_ids": self.positions[:rows].clone()}
         inputs |= self.beside(inputs["input_ids"], self.positions[:rows] - self.start)
@@ -190,7 +190,7 @@ class Case:
                 self.model.train()
             if "checkpointing" in style:
                 if not self.model.supports_gradient_checkpointing:
-                    return "refused", "the architecture has no gradient checkpointing"
+                    return "absent", "the architecture has no gradient checkpointing"
                 reentrant = style.startswith("reentrant")
                 self.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
                 stack.callback(self.model.gradient_checkpointing_disable)
@@ -206,7 +206,7 @@ class Case:
                 return "refused", str(error)
             except (ValueError, RuntimeError, TypeError) as error:
                 if "reentrant" in style and self._plain_raises():
-                    return "refused", f"plain transformers raises too: {error}"
+                    return "absent", f"plain transformers raises too: {error}"
                 known = "packattn" in str(error)
                 return ("refused" if known else "error"), f"{type(error).__name__}: {error}"
 
@@ -370,11 +370,11 @@ def read(log: Path) -> dict[tuple[str, str], dict]:
 
 
 def verdict(entry: dict) -> str:
-    """One word for all styles: silent, error, exact or refused; or not run."""
+    """The worst of the styles that the architecture has: silent, error, refused or exact; or not run."""
     if "not run" in entry:
         return "not run"
     kinds = {kind for kind, _ in entry["styles"].values()}
-    return next(kind for kind in ("silent", "error", "exact", "refused") if kind in kinds)
+    return next(kind for kind in ("silent", "error", "refused", "exact") if kind in kinds)
 
 
 def main() -> int:

@@ -96,7 +96,8 @@ def test_law_1_a_compiled_model_keeps_what_was_given(given):
     assert_close(packed, expected)
 
 
-def test_padding_whose_embedding_is_zero_gives_finite_gradients():
+@pytest.mark.parametrize("embedded", [False, True], ids=["input_ids", "inputs_embeds"])
+def test_padding_whose_embedding_is_zero_gives_finite_gradients(embedded):
     # Gemma-3n divides by the norm of a token's state: by itself, a row of padding tokens has no gradient at all.
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING["gemma3n_text"])).eval()
@@ -107,9 +108,13 @@ def test_padding_whose_embedding_is_zero_gives_finite_gradients():
     position_ids = torch.nn.functional.pad(batch["position_ids"], (0, 5))
     mask = torch.nn.functional.pad(torch.ones_like(batch["input_ids"]), (0, 5))
     weights = [p for p in model.parameters() if p.requires_grad]
+
+    def given(ids):
+        return {"inputs_embeds": model.get_input_embeddings()(ids)} if embedded else {"input_ids": ids}
+
     with packattn.patch(model):
-        expected = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        found = model(input_ids=ids, position_ids=position_ids, attention_mask=mask).logits[:, :real]
+        expected = model(**given(batch["input_ids"]), position_ids=batch["position_ids"]).logits
+        found = model(**given(ids), position_ids=position_ids, attention_mask=mask).logits[:, :real]
         assert_close(found, expected)
         expected = torch.autograd.grad(expected.square().mean(), weights, allow_unused=True)
         found = torch.autograd.grad(found.square().mean(), weights, allow_unused=True)

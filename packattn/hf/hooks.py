@@ -286,22 +286,25 @@ class Carry:
         carried = carry(running.position_ids, running.real, tokens.shape[0])
         arguments["attention_mask"] = Carried(carried) if self.four else carried
         if running.real is not None and module is self.plan.builders[-1][1]:
-            arguments["input_ids"] = _without_padding_token(module, arguments.get("input_ids"), running.real)
+            _fill_padding(module, arguments, running.real)
         if "position_ids" in self.names and arguments.get("position_ids") is None:
             arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
         return (), arguments
 
 
-def _without_padding_token(module: PreTrainedModel, input_ids: Any, real: Tensor) -> Any:
-    """Another token in the place of padding, if the embedding of the padding token is kept at zero.
+def _fill_padding(module: PreTrainedModel, arguments: dict[str, Any], real: Tensor) -> None:
+    """Another token, or embeddings of ones, in the place of padding whose embedding is kept at zero.
 
     Padding sees no other token here, so that its state would stay zero: where a model divides by its norm (Gemma-3n),
     all gradients would be NaN. Nothing sees what stands there.
     """
     padding = getattr(module.get_input_embeddings(), "padding_idx", None)
-    if padding is None or not isinstance(input_ids, Tensor):
-        return input_ids
-    return input_ids.where(real != 0, padding + 1 if padding == 0 else padding - 1)
+    if padding is None:
+        return
+    if isinstance(ids := arguments.get("input_ids"), Tensor):
+        arguments["input_ids"] = ids.where(real != 0, padding + 1 if padding == 0 else padding - 1)
+    elif isinstance(embeddings := arguments.get("inputs_embeds"), Tensor):
+        arguments["inputs_embeds"] = embeddings.where(real[..., None] != 0, 1.0)
 
 
 def _assert_unchanged(plan: Plan) -> None:
