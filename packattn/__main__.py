@@ -3,12 +3,15 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from packattn import info, ops, selftest
 from packattn.attention import Backend
 from packattn.data import command
+from packattn.errors import UnsupportedModelError
 
 
 def run_selftest() -> int:
@@ -39,7 +42,7 @@ def run_selftest() -> int:
 
 
 def run_data_command(arguments: argparse.Namespace) -> int:
-    """Run `report` or `pack`; 0 if it is done, 1 with the reason if not, 130 if it was interrupted."""
+    """Run `report` or `pack`."""
 
     def load(name: str) -> object:
         if info.version_of("transformers") is None:
@@ -48,14 +51,7 @@ def run_data_command(arguments: argparse.Namespace) -> int:
 
         return load_tokenizer(name)
 
-    try:
-        print(command.run(arguments, load))
-    except KeyboardInterrupt as interruption:
-        print(f"\n{interruption or 'interrupted'}", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(command.run(arguments, load))
     return 0
 
 
@@ -76,6 +72,18 @@ def run_verify(what: str, *, plain: bool, implementation: str | None, lengths: l
     return 0 if report.ok else 1
 
 
+def or_the_reason(run: Callable[[], int]) -> int:
+    """What a command returns; 1 with the reason if it cannot be done, 130 if it was interrupted."""
+    try:
+        return run()
+    except KeyboardInterrupt as interruption:
+        print(f"\n{interruption or 'interrupted'}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, UnsupportedModelError) as error:
+        print(f"error: {str(error).strip()}", file=sys.stderr)
+        return 1
+
+
 def main() -> int:
     """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="python -m packattn", description="Boundary-aware packed attention.")
@@ -92,11 +100,10 @@ def main() -> int:
     if arguments.command == "selftest":
         return run_selftest()
     if arguments.command == "verify":
-        return run_verify(
-            arguments.model, plain=arguments.plain, implementation=arguments.attention, lengths=arguments.lengths
-        )
+        given = {"plain": arguments.plain, "implementation": arguments.attention, "lengths": arguments.lengths}
+        return or_the_reason(partial(run_verify, arguments.model, **given))
     if arguments.command in ("report", "pack"):
-        return run_data_command(arguments)
+        return or_the_reason(partial(run_data_command, arguments))
     print(info.report())
     return 0
 

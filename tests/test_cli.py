@@ -66,3 +66,18 @@ def test_verify_shows_the_leak_of_plain_transformers_and_its_end(capsys, monkeyp
     monkeypatch.setattr(sys, "argv", ["packattn", "verify", "llama", "--lengths", "4", "6"])
     assert __main__.main() == 0
     assert "isolated and exact" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("t5", "error: packattn cannot isolate packed sequences in T5"),
+        ("no_such_type", "error: 'no_such_type' is neither a folder"),
+    ],
+)
+def test_verify_says_why_it_cannot_be_done_and_nothing_else(what, reason, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["packattn", "verify", what])
+    assert __main__.main() == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(reason)
+    assert not printed.out

@@ -35,7 +35,7 @@ ALLOWED = {
     "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
     "info": {"attention", "ops", "schemas", "selftest"},
     "__init__": {"losses", "attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
-    "__main__": {"info", "selftest", "attention", "ops", "data", "hf"},
+    "__main__": {"info", "selftest", "attention", "errors", "ops", "data", "hf"},
 }
 
 
