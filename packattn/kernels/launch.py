@@ -21,6 +21,11 @@ _ENOUGH_PROGRAMS = 512
 _STRIDE_LIMIT = 2**31 // 128
 
 
+def _blocks(rows: int, block: int) -> int:
+    """Blocks that hold the rows: triton.cdiv, which takes microseconds on the host."""
+    return -(-rows // block)
+
+
 class Plan(NamedTuple):
     """What a launch of each pass looks like, from shapes alone: tiles, rows of a tile, and the split of dK/dV."""
 
@@ -38,13 +43,13 @@ class Plan(NamedTuple):
     def tiles(self, tokens: int, tokens_k: int) -> tuple[int, int, int]:
         """Tiles of forward, dQ and dK/dV."""
         forward, dq, dkdv = (
-            triton.cdiv(n * each, rows) for n, (rows, each) in zip((tokens, tokens, tokens_k), self.rows, strict=True)
+            _blocks(n * each, rows) for n, (rows, each) in zip((tokens, tokens, tokens_k), self.rows, strict=True)
         )
         return forward, dq, dkdv
 
     def split(self, tokens_k: int) -> int:
         """Programs of a tile of dK/dV, each with as many of the query heads."""
-        programs = triton.cdiv(max(tokens_k, 1), self.dkdv.block_n) * self.heads_k
+        programs = _blocks(max(tokens_k, 1), self.dkdv.block_n) * self.heads_k
         whole = (n for n in range(1, self.group) if self.group % n == 0)
         return next((n for n in whole if programs * n >= _ENOUGH_PROGRAMS), self.group)
 
@@ -194,7 +199,7 @@ def backward(
     with _on(q.device):
         if tokens > 0:
             options = _tile_options(made.dq, shared)
-            _bwd_delta_kernel[(triton.cdiv(tokens, _DELTA_ROWS), heads)](
+            _bwd_delta_kernel[(_blocks(tokens, _DELTA_ROWS), heads)](
                 out, dout, lse, None if dlse is None else dlse.contiguous(), lse2, delta, out.stride(0),
                 out.stride(1), dout.stride(0), dout.stride(1), tokens, HEAD_DIM_V=v.shape[2],
                 PARTS_V=options["PARTS_V"], BLOCK_M=_DELTA_ROWS, HAS_DLSE=dlse is not None,
