@@ -274,6 +274,19 @@ def test_a_reader_with_one_logit_of_every_row_is_refused():
         packattn.patch(transformers.DPRReader(transformers.DPRConfig(**SMALL)))
 
 
+def test_choices_of_as_many_rows_are_refused():
+    with pytest.raises(packattn.UnsupportedModelError, match="BertForMultipleChoice makes one result of every row"):
+        packattn.patch(transformers.BertForMultipleChoice(transformers.BertConfig(**SMALL)))
+
+
+@pytest.mark.parametrize("name", ["llama", "bamba"])
+def test_law_1_labels_that_are_shifted_already(name):
+    model, batch = make(name), packed_row(name)
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    with packattn.patch(model), torch.no_grad():
+        assert_close(model(**batch, shift_labels=shifted).loss, model(**batch).loss)
+
+
 @pytest.mark.parametrize("name", ["llama", "bamba"])
 def test_law_1_one_attention_mask_for_several_rows(name):
     model, batch = make(name), packed_row(name)

@@ -1,5 +1,6 @@
 """The guard: a packed batch goes through a patched model, and something has changed since or is not as it seems."""
 
+import copy
 import warnings
 
 import pytest
@@ -186,6 +187,29 @@ def test_law_3_a_forward_of_one_layer_replaced_afterwards_is_named():
         layer.forward = plain_attention.__get__(layer)
         with pytest.raises(RuntimeError, match=r"did not run in layers\.1\.self_attn"):
             model(**batch)
+
+
+def test_law_3_a_layer_taken_out_afterwards_is_named():
+    model, batch = make("llama"), packed_row("llama")
+    with packattn.patch(model):
+        model.model.layers[1].self_attn = Bypass(copy.deepcopy(model.model.layers[1].self_attn))
+        with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn were taken out of the model after"):
+            model(**batch)
+
+
+def test_law_3_sequences_numbered_in_the_attention_mask_raise():
+    model, batch = make("llama"), packed_row("llama", [7, 5])
+    numbered = torch.tensor([[1] * 7 + [2] * 5])
+    with packattn.patch(model), pytest.raises(RuntimeError, match="attention_mask holds values other than 0 and 1"):
+        model(input_ids=batch["input_ids"], attention_mask=numbered)
+
+
+def test_law_3_dynamic_quantization_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        model = torch.ao.quantization.quantize_dynamic(make("llama"), {torch.nn.Linear})
+    with pytest.raises(packattn.UnsupportedModelError, match="by the range of all tokens of a batch"):
+        packattn.patch(model)
 
 
 def assert_exact_by_rows(model, batch, why):

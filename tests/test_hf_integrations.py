@@ -148,6 +148,26 @@ def test_peft_prompt_learning_around_a_patched_model_raises(kind):
         adapted(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
 
 
+@pytest.mark.parametrize("order", ["patch first", "adapter first"])
+def test_law_3_an_activated_lora_is_refused(order):
+    peft = pytest.importorskip("peft", reason="pip install 'packattn[integrations]'")
+    model, batch = make("llama"), packed_row("llama")
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        task_type="CAUSAL_LM",
+        alora_invocation_tokens=batch["input_ids"][0, 3:5].tolist(),
+    )
+    message = "begins once in every row, where its last invocation tokens are"
+    if order == "adapter first":
+        with pytest.raises(packattn.UnsupportedModelError, match=message):
+            packattn.patch(peft.get_peft_model(model, config))
+    else:
+        packattn.patch(model)
+        with pytest.raises(NotImplementedError, match=message):
+            peft.get_peft_model(model, config)(**batch)
+
+
 LIGER = """
 import sys, torch, packattn
 sys.path.insert(0, "tests")

@@ -118,3 +118,23 @@ def test_law_3_a_packed_prompt_is_not_generated_from_with_a_cache(name):
         with pytest.raises(RuntimeError, match="the cache comes from a packed forward"):
             model.generate(batch["input_ids"], **given)
         assert torch.equal(model.generate(batch["input_ids"], **given, use_cache=False)[:, -3:], expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "bamba"])
+def test_law_1_an_interrupted_forward_leaves_nothing_for_the_next_call(name):
+    model, first, second = make(name), packed_row(name), packed_row(name, [19, 13, 7, 1], seed=1)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        expected = alone(model, second, [19, 13, 7, 1])
+        whole = model(second["input_ids"]).logits
+        with packattn.patch(model):
+            hook = model.base_model.layers[1].register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(**first)
+            hook.remove()
+            # Straight to the inner model, which takes no sequences over from the interrupted call.
+            assert_close(model.lm_head(model.base_model(second["input_ids"])[0]), whole)
+            assert_close(model(second["input_ids"], position_ids=second["position_ids"]).logits, expected)

@@ -12,13 +12,15 @@ from packattn.hf.running import RUNNING, past_the_hooks
 from packattn.mask import PackedMask
 
 # What models pass to every attention function and what does not change the result here: the mask already holds
-# windows and causality, the positions are in q and k. Whatever is not listed might change it, and raises.
+# windows and causality, the positions are in q and k, and what is for the loss comes along. Whatever is not listed
+# might change it, and raises.
 HARMLESS = frozenset(
     {
-        "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "logits_to_keep",
-        "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states",
-        "output_router_logits", "past_key_values", "position_embeddings", "position_ids", "return_dict",
-        "seq_idx", "sliding_window", "token_type_ids", "use_cache",
+        "accum_dtype", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "ignore_index",
+        "is_causal", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions",
+        "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
+        "return_dict", "return_predicted_tokens", "return_token_accuracy", "seq_idx", "shift_labels",
+        "sliding_window", "token_type_ids", "use_cache", "use_token_scaling",
     }
 )  # fmt: skip
 

@@ -42,6 +42,13 @@ class Check:
         running = None if torch.compiler.is_compiling() else RUNNING.get()
         if running is None or not running.packed:
             return output
+        idle = {id(layer): name for name, layer in self.plan.attention if id(layer) not in running.entered}
+        if gone := idle.keys() - (map(id, module.modules()) if idle else ()):
+            raise RuntimeError(
+                f"{', '.join(name for key, name in idle.items() if key in gone)} were taken out of the model after "
+                "packattn.patch, which knows nothing of what stands there now. Call .remove() of the Patch first, and "
+                "patch again after."
+            )
         missed = [layer for key, layer in running.entered.items() if key not in running.ran]
         if missed:
             names = [name for name, layer in module.named_modules() if any(layer is other for other in missed)]

@@ -22,6 +22,7 @@ from packattn.hf.inputs import (
     first_or_later,
     given_sequences,
     holds_tokens,
+    is_called,
     is_prepared,
     no_restarts,
     no_spans_of_a_packed_row,
@@ -85,7 +86,7 @@ def _with_positions(
 def _enter(
     hook: Enter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    before = RUNNING.get()
+    before = _before(hook.plan)
     if before is SUSPENDED or (before is not None and before.plan is hook.plan and module not in hook.plan.entries):
         return None
     if getattr(module, "_is_replica", False):
@@ -105,6 +106,17 @@ def _enter(
     except BaseException:
         RUNNING.set(before)
         raise
+
+
+def _before(plan: Plan) -> Running | None:
+    """What a call is nested in, without what an interrupt left behind: torch calls no hook after a KeyboardInterrupt.
+
+    Layers by sequence end it themselves (`leaving`), also where compiled frames do not tell who is called.
+    """
+    before = RUNNING.get()
+    while before is not None and before.plan is plan and not plan.needs_layout and not is_called(before.owner):
+        before = before.before
+    return before
 
 
 def _arguments(

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Collection
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from packattn.boundaries import Boundaries
 from packattn.mask import PackedMask
 
 _OF_A_ROW = re.compile(r"For(SequenceClassification|QuestionAnswering|MultipleChoice)$")
+PROMPTS = "PEFT prompt learning puts virtual tokens before the row and drops position_ids"
 # What says where sequences lie beside position_ids.
 _EXPLICIT = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -30,16 +32,36 @@ def refuse_callers(entries: Collection[nn.Module], tokens_only: bool) -> None:
         caller = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
         if not isinstance(caller, nn.Module) or caller in entries:
             continue
-        if tokens_only and getattr(getattr(caller, "active_peft_config", None), "is_prompt_learning", False):
+        if (why := of_adapters(caller)) and (tokens_only or why is not PROMPTS):
             raise NotImplementedError(
-                "PEFT prompt learning puts virtual tokens before the row and drops position_ids, so that packed "
-                "sequences would not be isolated. Remove the patch, and train this model unpacked."
+                f"{why}, so that packed sequences would not be isolated. Remove the patch, and train this model "
+                "unpacked."
             )
         if takes_rows(caller):
             raise NotImplementedError(
                 f"{type(caller).__name__} works out one result of every row, around a model that was patched by "
                 f"itself. Call .remove() of the Patch, and packattn.patch on the {type(caller).__name__}."
             )
+
+
+def is_called(module: nn.Module | None) -> bool:
+    """Whether this runs within a call of the module."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def of_adapters(module: nn.Module) -> str | None:
+    """What an active adapter of PEFT around a model makes of a row as a whole, or None."""
+    adapter = getattr(module, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        return PROMPTS
+    if getattr(adapter, "alora_invocation_tokens", None):
+        return "an activated LoRA of PEFT begins once in every row, where its last invocation tokens are"
+    return None
 
 
 def takes_rows(module: nn.Module) -> bool:
@@ -195,6 +217,12 @@ def check(tokens: Tensor, position_ids: Any, attention_mask: Any) -> None:
             raise ValueError(f"{name} must have shape (rows, n) = {(rows, n)}, as the input, got {tuple(value.shape)}.")
         if value.device != tokens.device:
             raise ValueError(f"{name} must be on the device of the input, {tokens.device}, got {value.device}.")
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        torch._assert_async(
+            ((attention_mask == 0) | (attention_mask == 1)).all(),
+            "attention_mask holds values other than 0 and 1. Sequences that are numbered in it (1, 1, 2, 2, ...) are "
+            "one sequence to transformers: give position_ids that restart, or seq_idx.",
+        )
 
 
 def given_sequences(arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:

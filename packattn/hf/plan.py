@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from packattn.hf.inputs import of_adapters
 from packattn.hf.layout import Group, Layout
 from packattn.hf.rope import can_forget, config_rope_types, looks_at_length
 
@@ -233,10 +234,17 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
                 f"{name} attends by {config._attn_implementation!r}, which another library registered and packattn "
                 "would replace; load the model with attn_implementation='sdpa'"
             )
+        if name.endswith("ForMultipleChoice"):
+            reasons.append(
+                f"{name} makes one result of every row, and compares those of as many rows as it has choices"
+            )
     for module in model.modules():
-        peft = getattr(module, "active_peft_config", None)
-        if getattr(peft, "is_prompt_learning", False):
-            reasons.append("PEFT prompt learning puts virtual tokens before the row and drops position_ids")
+        if why := of_adapters(module):
+            reasons.append(why)
+        if type(module).__module__.startswith(
+            ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
+        ):
+            reasons.append("layers of dynamic quantization scale activations by the range of all tokens of a batch")
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             reasons.append("nn.DataParallel on several devices; use DistributedDataParallel")
     holds = {id(b): {id(m) for m in b.modules() if m is not b} for _, b in plan.builders}
