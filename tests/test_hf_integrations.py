@@ -210,6 +210,35 @@ def test_accelerate_mixed_precision():
     accelerator.free_memory()
 
 
+@pytest.mark.parametrize("name", ["llama", "bamba"])
+def test_hooks_of_accelerate_outlast_a_patch_that_was_there_before(name):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, batch = make(name), packed_row(name)
+    with torch.no_grad():
+        expected = alone(model, batch)
+        with packattn.patch(model):
+            weights = {key: value.clone() for key, value in model.state_dict().items()}
+            hooks.attach_align_device_hook(model, execution_device="cpu", offload=True, weights_map=weights)
+            inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+            assert_close(model(**inputs).logits, expected)
+        assert_close(alone(model, batch), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "bamba"])
+def test_accelerate_unwraps_a_patched_model(name):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before
+    model, batch = make(name), packed_row(name)
+    with torch.no_grad():
+        expected = alone(model, batch)
+        with packattn.patch(model):
+            accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+            unwrapped = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+            inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+            assert_close(unwrapped(**inputs).logits, expected)
+        assert_close(alone(unwrapped, batch), expected)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "bamba"])
 def test_a_patched_model_can_be_copied_pickled_and_saved(name, tmp_path):
     model, batch = make(name), packed_row(name)

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from packattn.hf.running import RUNNING, SUSPENDED, past_the_hooks
 
 
 def by_sequence(
-    module: nn.Module, before: Callable[..., Any] | None, plan: Plan, kind: str, *args: Any, **kwargs: Any
+    module: nn.Module, forward: Callable[..., Any], plan: Plan, kind: str, *args: Any, **kwargs: Any
 ) -> Any:
     """The forward of a layer that runs on one row per sequence while a packed batch goes through the model."""
-    forward = before if before is not None else partial(type(module).forward, module)
     if torch.compiler.is_compiling():
         return _disabled(forward, module, plan, kind, args, kwargs)
     return _by_sequence(forward, module, plan, kind, args, kwargs)

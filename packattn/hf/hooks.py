@@ -207,10 +207,10 @@ def _check_labels(labels: Any, sequences: int) -> None:
         )
 
 
-def entered(module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+def entered(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a model with one result per row, which `Enter` must have unpacked."""
     _assert_entered(module)
-    return (before if before is not None else partial(type(module).forward, module))(*args, **kwargs)
+    return forward(*args, **kwargs)
 
 
 def _assert_running(module: nn.Module) -> None:
@@ -234,9 +234,8 @@ class Leave:
             _leave_untraced(module)
 
 
-def leaving(module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+def leaving(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a module that `Enter` is on: torch.compile does not call `Leave` after an error."""
-    forward = before if before is not None else partial(type(module).forward, module)
     try:
         return forward(*args, **kwargs)
     except BaseException:

@@ -210,16 +210,42 @@ def _set_implementation(config: PreTrainedConfig, name: str) -> Callable[[], Non
     return restore
 
 
-def _wrap(module: nn.Module, wrapper: Callable[..., Any], *options: Any) -> Callable[[], None]:
-    before = vars(module).get("forward")
-    forward: Any = partial(wrapper, module, before, *options)
-    forward.__signature__ = inspect.signature(module.forward)
-    module.forward = forward
+class Forward:
+    """What stands in the place of a module's forward until the patch is removed: `wrapper` around it.
 
-    def restore() -> None:
-        if before is None:
-            del module.forward
+    Args:
+        wrapper: takes the module, its own forward, `options`, and the arguments of the call.
+    """
+
+    def __init__(self, module: nn.Module, wrapper: Callable[..., Any], *options: Any) -> None:
+        self.module, self.wrapper, self.options = module, wrapper, options
+        self.before = vars(module).get("forward")
+        self.removed = False
+        self.__signature__ = inspect.signature(module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapper, or after the removal the module's own forward."""
+        if args and args[0] is self.module:  # Accelerate binds what it unwraps once more
+            args = args[1:]
+        forward = self.before if self.before is not None else partial(type(self.module).forward, self.module)
+        return (
+            forward(*args, **kwargs)
+            if self.removed
+            else self.wrapper(self.module, forward, *self.options, *args, **kwargs)
+        )
+
+    def remove(self) -> None:
+        """Give the module its own forward back; what was put around this one since stays."""
+        self.removed = True
+        if vars(self.module).get("forward") is not self:
+            return
+        if self.before is None:
+            del self.module.forward
         else:
-            module.forward = before
+            self.module.forward = self.before
 
-    return restore
+
+def _wrap(module: nn.Module, wrapper: Callable[..., Any], *options: Any) -> Callable[[], None]:
+    forward: Any = Forward(module, wrapper, *options)
+    module.forward = forward
+    return forward.remove  # type: ignore[no-any-return]
