@@ -274,9 +274,36 @@ def test_a_reader_with_one_logit_of_every_row_is_refused():
         packattn.patch(transformers.DPRReader(transformers.DPRConfig(**SMALL)))
 
 
-def test_choices_of_as_many_rows_are_refused():
-    with pytest.raises(packattn.UnsupportedModelError, match="BertForMultipleChoice makes one result of every row"):
-        packattn.patch(transformers.BertForMultipleChoice(transformers.BertConfig(**SMALL)))
+@pytest.mark.parametrize("name", ["BertForMultipleChoice", "GPT2DoubleHeadsModel"])
+def test_choices_of_as_many_rows_are_refused(name):
+    maker = getattr(transformers, name)
+    with pytest.raises(packattn.UnsupportedModelError, match=f"{name} makes one result of every row"):
+        packattn.patch(maker(maker.config_class(**SMALL)))
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "shifted", "gpt2", "mamba"])
+def test_law_3_labels_across_sequences_raise(how):
+    torch._dynamo.reset()
+    model = {"gpt2": lambda: tiny("gpt2"), "mamba": lambda: make("mamba")}.get(how, lambda: make("llama"))()
+    batch = packed_row("llama")
+    labels = batch.pop("labels")
+    with packattn.patch(model):
+        call = torch.compile(model, backend="eager") if how == "compiled" else model
+        call(**batch, labels=labels.index_fill(1, torch.tensor([0]), 5))  # nothing predicts the first of a row
+        labels[:, spans()[2]] = 5
+        given = {"labels": labels}
+        if how == "shifted":
+            given["shift_labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        with pytest.raises(RuntimeError, match="the last token of a sequence predict the first of the next one"):
+            call(**batch, **given)
+
+
+def test_law_1_labels_that_are_not_shifted_may_be_at_first_tokens():
+    model, batch = make("bert"), packed_row("bert")
+    labels = batch["input_ids"]
+    with packattn.patch(model), torch.no_grad():
+        result = model(input_ids=labels, position_ids=batch["position_ids"], labels=labels)
+    assert_close(result.loss, torch.nn.functional.cross_entropy(result.logits[0], labels[0]))
 
 
 @pytest.mark.parametrize("name", ["llama", "bamba"])

@@ -24,8 +24,8 @@ from packattn.hf.inputs import (
     holds_tokens,
     is_called,
     is_prepared,
+    no_loss_across,
     no_restarts,
-    no_spans_of_a_packed_row,
     own_positions,
     refuse_callers,
     refuse_packed,
@@ -73,13 +73,13 @@ def _with_positions(
     if not isinstance(tokens, Tensor):
         return None
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
-        no_spans_of_a_packed_row(arguments, position_ids, arguments.get("attention_mask"))
+        no_loss_across(arguments, position_ids, arguments.get("attention_mask"), hook.plan.shifts_labels)
     if position_ids is not None or hook.plan.text_plane:
         return None
     given = given_sequences(arguments, tokens)
     if given is None:
         return None
-    no_spans_of_a_packed_row(arguments, given, arguments.get("attention_mask"))
+    no_loss_across(arguments, given, arguments.get("attention_mask"), hook.plan.shifts_labels)
     return (), arguments | {"position_ids": given + hook.plan.first_position}
 
 
@@ -166,7 +166,7 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     running.position_ids = position_ids.expand(rows, -1)
     running.real = attention_mask.expand(rows, -1) if attention_mask is not None else None
     running.packed = True
-    no_spans_of_a_packed_row(arguments, running.position_ids, running.real)
+    no_loss_across(arguments, running.position_ids, running.real, plan is not None and plan.shifts_labels)
     if running.plan is not None and running.plan.needs_layout:
         refuse_trace()
         layout = Layout.of(running.position_ids, running.real)

@@ -153,13 +153,28 @@ def one_sequence_a_row(position_ids: Tensor, attention_mask: Any) -> Tensor:
     return _or_padding(position_ids.diff(dim=1) == 1, attention_mask).all(1)
 
 
-def no_spans_of_a_packed_row(arguments: dict[str, Any], position_ids: Tensor, attention_mask: Any) -> None:
-    """Assert on the device that nobody asks for the loss of question answering over the tokens of a packed row."""
+def no_loss_across(arguments: dict[str, Any], position_ids: Tensor, attention_mask: Any, shifts: bool) -> None:
+    """Assert on the device that nobody asks for a loss across the sequences of a packed row.
+
+    Args:
+        position_ids: (rows, n). shifts: the model has a token predict the label of the next one.
+    """
     if arguments.get("start_positions") is not None or arguments.get("end_positions") is not None:
         torch._assert_async(
             one_sequence_a_row(position_ids, attention_mask).all(),
             "start_positions and end_positions ask for a loss over the tokens of a whole row, across the packed "
             "sequences. Leave them out, and compute the loss of each sequence from the logits.",
+        )
+    if not shifts or arguments.get("labels") is None:
+        return
+    shifted = arguments.get("shift_labels")
+    targets = shifted[:, :-1] if shifted is not None else arguments["labels"][:, 1:]
+    if targets.shape[1] == position_ids.shape[1] - 1:
+        within = _or_padding(position_ids.diff(dim=1) == 1, attention_mask)
+        torch._assert_async(
+            (within | (targets == -100)).all(),
+            "labels have the last token of a sequence predict the first of the next one in its row. Set the label of "
+            "every first token to -100, as packattn.PackingCollator does.",
         )
 
 

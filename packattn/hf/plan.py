@@ -92,6 +92,7 @@ class Plan:
         refused: reasons why the model cannot be isolated at all.
         first_position: where the model's own positions begin: 0, or 2 in the RoBERTa family.
         text_plane: of four planes of position_ids, the model takes the first as that of the text.
+        shifts_labels: the loss of the model has a token predict the label of the next one.
     """
 
     entries: list[PreTrainedModel] = field(default_factory=list)
@@ -103,6 +104,7 @@ class Plan:
     refused: list[str] = field(default_factory=list)
     first_position: int = 0
     text_plane: bool = False
+    shifts_labels: bool = False
 
     @property
     def needs_layout(self) -> bool:
@@ -146,6 +148,7 @@ def make_plan(model: nn.Module) -> Plan:
             plan.rows.append(f"{type(module).__name__} computes attention itself")
     plan.rows = list(dict.fromkeys(plan.rows))
     plan.text_plane = any("shape[0] == 4" in _source(builder) for _, builder in plan.builders)
+    plan.shifts_labels = any(_shifts_labels(entry) for entry in plan.entries)
     poolers = [(name, m, "one") for name, m in inside if type(m).__name__.endswith("Pooler")]
     if plan.rows:
         plan.by_sequence, plan.attention = [], []
@@ -157,6 +160,12 @@ def make_plan(model: nn.Module) -> Plan:
 def one_logit_a_row(module: nn.Module) -> bool:
     """Whether a model makes one result of every row: then its packed rows are unpacked where they come in."""
     return bool(_ONE_LOGIT_A_ROW.search(type(module).__name__))
+
+
+def _shifts_labels(module: nn.Module) -> bool:
+    """Whether the loss of a model is that of causal language models (of the same names, XLNet's is not)."""
+    named = re.search(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", type(module).__name__)
+    return bool(named) and "loss_function" in _source(module)
 
 
 def finds_last_by_padding(module: nn.Module) -> bool:
@@ -234,7 +243,7 @@ def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -
                 f"{name} attends by {config._attn_implementation!r}, which another library registered and packattn "
                 "would replace; load the model with attn_implementation='sdpa'"
             )
-        if name.endswith("ForMultipleChoice"):
+        if name.endswith(("ForMultipleChoice", "DoubleHeadsModel")):
             reasons.append(
                 f"{name} makes one result of every row, and compares those of as many rows as it has choices"
             )
