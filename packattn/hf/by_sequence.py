@@ -19,6 +19,8 @@ def by_sequence(
     module: nn.Module, forward: Callable[..., Any], plan: Plan, kind: str, *args: Any, **kwargs: Any
 ) -> Any:
     """The forward of a layer that runs on one row per sequence while a packed batch goes through the model."""
+    if plan.removed:
+        return forward(*args, **kwargs)
     if torch.compiler.is_compiling():
         return _disabled(forward, module, plan, kind, args, kwargs)
     return _by_sequence(forward, module, plan, kind, args, kwargs)

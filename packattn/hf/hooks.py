@@ -207,9 +207,10 @@ def _check_labels(labels: Any, sequences: int) -> None:
         )
 
 
-def entered(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def entered(module: nn.Module, forward: Callable[..., Any], plan: Plan, *args: Any, **kwargs: Any) -> Any:
     """The forward of a model with one result per row, which `Enter` must have unpacked."""
-    _assert_entered(module)
+    if not plan.removed:
+        _assert_entered(module)
     return forward(*args, **kwargs)
 
 
@@ -236,6 +237,8 @@ class Leave:
 
 def leaving(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a module that `Enter` is on: torch.compile does not call `Leave` after an error."""
+    if args and args[0] is module:  # Accelerate binds the forward of a model that it unwraps once more
+        args = args[1:]
     try:
         return forward(*args, **kwargs)
     except BaseException:

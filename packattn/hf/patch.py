@@ -169,6 +169,8 @@ def configs_of(pretrained: list[PreTrainedModel]) -> list[PreTrainedConfig]:
 def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
     builders = [builder for _, builder in plan.builders]
     inner = builders[-1]
+    plan.removed = False
+    restore.append(partial(setattr, plan, "removed", True))
     takes = "position_ids" in inspect.signature(inner.forward).parameters
     for module in dict.fromkeys([*plan.entries, *builders]):
         parameters = inspect.signature(module.forward).parameters
@@ -193,7 +195,8 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
         for _, module, kind in plan.by_sequence:
             restore.append(_wrap(module, by_sequence, plan, kind))
     for entry in filter(one_logit_a_row, plan.entries):
-        restore.append(_wrap(entry, by_sequence, plan, "equal") if plan.by_length(entry) else _wrap(entry, entered))
+        by_length = plan.by_length(entry)
+        restore.append(_wrap(entry, by_sequence, plan, "equal") if by_length else _wrap(entry, entered, plan))
     for module in dict.fromkeys([*plan.entries, *builders]):
         restore.append(module.register_forward_hook(Leave(plan), always_call=True).remove)
         if plan.needs_layout:
@@ -210,42 +213,19 @@ def _set_implementation(config: PreTrainedConfig, name: str) -> Callable[[], Non
     return restore
 
 
-class Forward:
-    """What stands in the place of a module's forward until the patch is removed: `wrapper` around it.
-
-    Args:
-        wrapper: takes the module, its own forward, `options`, and the arguments of the call.
-    """
-
-    def __init__(self, module: nn.Module, wrapper: Callable[..., Any], *options: Any) -> None:
-        self.module, self.wrapper, self.options = module, wrapper, options
-        self.before = vars(module).get("forward")
-        self.removed = False
-        self.__signature__ = inspect.signature(module.forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the wrapper, or after the removal the module's own forward."""
-        if args and args[0] is self.module:  # Accelerate binds what it unwraps once more
-            args = args[1:]
-        forward = self.before if self.before is not None else partial(type(self.module).forward, self.module)
-        return (
-            forward(*args, **kwargs)
-            if self.removed
-            else self.wrapper(self.module, forward, *self.options, *args, **kwargs)
-        )
-
-    def remove(self) -> None:
-        """Give the module its own forward back; what was put around this one since stays."""
-        self.removed = True
-        if vars(self.module).get("forward") is not self:
-            return
-        if self.before is None:
-            del self.module.forward
-        else:
-            self.module.forward = self.before
-
-
 def _wrap(module: nn.Module, wrapper: Callable[..., Any], *options: Any) -> Callable[[], None]:
-    forward: Any = Forward(module, wrapper, *options)
+    before = vars(module).get("forward")
+    own = before if before is not None else partial(type(module).forward, module)
+    forward: Any = partial(wrapper, module, own, *options)
+    forward.__signature__ = inspect.signature(module.forward)
     module.forward = forward
-    return forward.remove  # type: ignore[no-any-return]
+
+    def restore() -> None:
+        if vars(module).get("forward") is not forward:
+            return  # something was put around it since (the hooks of Accelerate), and stays
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+    return restore

@@ -93,6 +93,7 @@ class Plan:
         first_position: where the model's own positions begin: 0, or 2 in the RoBERTa family.
         text_plane: of four planes of position_ids, the model takes the first as that of the text.
         shifts_labels: the loss of the model has a token predict the label of the next one.
+        removed: the patch was removed: a forward in which something else keeps a wrapper is the module's own again.
     """
 
     entries: list[PreTrainedModel] = field(default_factory=list)
@@ -105,6 +106,7 @@ class Plan:
     first_position: int = 0
     text_plane: bool = False
     shifts_labels: bool = False
+    removed: bool = False
 
     @property
     def needs_layout(self) -> bool:
