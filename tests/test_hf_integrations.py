@@ -79,6 +79,19 @@ def test_trainer_takes_the_steps_of_the_examples_alone(tmp_path, checkpointing):
         assert_close(parameter, before - 0.1 * gradient)
 
 
+def test_noise_on_embeddings_is_said_to_be_that_of_the_row(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = make("llama")
+    with packattn.patch(model):
+        options = TrainingArguments(**arguments(tmp_path, neftune_noise_alpha=5, max_steps=1))
+        trainer = Trainer(
+            model, options, train_dataset=examples(), eval_dataset=examples(), data_collator=packattn.PackingCollator()
+        )
+        with pytest.warns(UserWarning, match="less of it than alone"):
+            trainer.train()
+
+
 @pytest.mark.parametrize("how", ["packing", "padding_free"])
 def test_trl_sft_trainer_gives_the_loss_of_the_unpacked_run(tmp_path, how):
     trl = pytest.importorskip("trl", reason="pip install 'packattn[integrations]'")

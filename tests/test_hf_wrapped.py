@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
 from tiny_models import alone, assert_close, make, packed_row, spans
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import packattn
 from packattn.hf.running import RUNNING
@@ -138,3 +140,21 @@ def test_law_1_an_interrupted_forward_leaves_nothing_for_the_next_call(name):
             # Straight to the inner model, which takes no sequences over from the interrupted call.
             assert_close(model.lm_head(model.base_model(second["input_ids"])[0]), whole)
             assert_close(model(second["input_ids"], position_ids=second["position_ids"]).logits, expected)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_layer_that_a_checkpoint_of_torch_runs_again(cached):
+    model, batch = make("llama").train(), packed_row("llama")
+    with packattn.patch(model):
+        model(**batch).loss.backward()
+        expected = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+        loss = model(**batch, use_cache=cached).loss
+        if cached:
+            with pytest.raises(RuntimeError, match=r"80 keys for 40 tokens.* Pass use_cache=False in training"):
+                loss.backward()
+        else:
+            loss.backward()
+            for parameter, gradient in zip(model.parameters(), expected, strict=True):
+                assert_close(parameter.grad, gradient)

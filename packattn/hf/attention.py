@@ -49,7 +49,7 @@ def attention_forward(
 
     Raises:
         NotImplementedError: an argument that packattn does not honour.
-        RuntimeError: no mask came, so that nothing would isolate the sequences.
+        RuntimeError: no mask came, so that nothing would isolate the sequences; or more keys than tokens.
     """
     unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
     if unknown:
@@ -72,6 +72,11 @@ def attention_forward(
             running.ran.add(id(module))
         query = _tempered(module, query, attention_mask)
         rows, heads, n, _ = query.shape
+        if key.shape[2] != n:
+            raise RuntimeError(
+                f"{type(module).__name__} got {key.shape[2]} keys for {n} tokens: a checkpoint ran it twice in one "
+                "forward, over the same cache. Pass use_cache=False in training."
+            )
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         out = packed_attention(
             q, k, v, attention_mask, softmax_scale=scaling, softcap=softcap or 0.0, sinks=s_aux, dropout_p=dropout

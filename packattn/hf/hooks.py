@@ -6,6 +6,7 @@ torch.compile, where no host value is needed, `Enter` only gives positions where
 sequences lie, and `Carry` works from the arguments of its own module.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -299,6 +300,8 @@ class Carry:
         same_sequences(arguments.get("position_ids"), running.position_ids, running.real)
         carried = carry(running.position_ids, running.real, tokens.shape[0])
         arguments["attention_mask"] = Carried(carried) if self.four else carried
+        if module.training and not compiling:
+            _warn_of_noise(self.plan.builders[-1][1])
         if running.real is not None and module is self.plan.builders[-1][1]:
             _fill_padding(module, arguments, running.real)
         if "position_ids" in self.names and arguments.get("position_ids") is None:
@@ -319,6 +322,16 @@ def _fill_padding(module: PreTrainedModel, arguments: dict[str, Any], real: Tens
         arguments["input_ids"] = ids.where(real != 0, padding + 1 if padding == 0 else padding - 1)
     elif isinstance(embeddings := arguments.get("inputs_embeds"), Tensor):
         arguments["inputs_embeds"] = embeddings.where(real[..., None] != 0, 1.0)
+
+
+def _warn_of_noise(builder: PreTrainedModel) -> None:
+    """Say once that NEFTune's noise, which Trainer puts on the embeddings, does not know the sequences of a row."""
+    if hasattr(builder.get_input_embeddings(), "neftune_noise_alpha"):
+        warnings.warn(
+            "NEFTune divides its noise by the square root of the length of the row, so that a packed sequence gets "
+            "less of it than alone. Raise neftune_noise_alpha, or leave it out.",
+            stacklevel=2,
+        )
 
 
 def _assert_unchanged(plan: Plan) -> None:
