@@ -7,11 +7,13 @@ import torch
 import torch.fx.experimental.proxy_tensor
 from tiny_models import alone, assert_close, make, packed_row, spans
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import packattn
 from packattn.hf.running import RUNNING
+from packattn.hf.tiny import shrink
 
 
 class Wrapper(PreTrainedModel):
@@ -158,3 +160,13 @@ def test_a_layer_that_a_checkpoint_of_torch_runs_again(cached):
             loss.backward()
             for parameter, gradient in zip(model.parameters(), expected, strict=True):
                 assert_close(parameter.grad, gradient)
+
+
+def test_rwkv_generates_as_before():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING["rwkv"])).eval()
+    ids = torch.arange(3, 10)[None]
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, **given)
+    with packattn.patch(model):
+        assert torch.equal(model.generate(ids, **given), expected)

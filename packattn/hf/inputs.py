@@ -85,8 +85,8 @@ def cache_of(arguments: dict[str, Any]) -> Any:
 
 def holds_tokens(cache: Any) -> bool:
     """Whether a forward continues a cache: decided without reading the device."""
-    if cache is None:
-        return False
+    if cache is None or isinstance(cache, list):  # RWKV has a list of states, and none before its first token
+        return cache is not None
     # A static cache counts its tokens on the device; it is made for generation, never for packed training.
     if getattr(cache, "is_compileable", False):
         return True

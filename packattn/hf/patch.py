@@ -8,10 +8,11 @@ row per sequence (see `packattn.hf.plan` for what is done where).
 import gc
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from torch import nn
@@ -199,7 +200,7 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
         restore.append(_wrap(entry, by_sequence, plan, "equal") if by_length else _wrap(entry, entered, plan))
     for module in dict.fromkeys([*plan.entries, *builders]):
         restore.append(module.register_forward_hook(Leave(plan), always_call=True).remove)
-        if plan.needs_layout:
+        if plan.needs_layout or "position_ids" not in inspect.signature(module.forward).parameters:
             restore.append(_wrap(module, leaving))
 
 
@@ -213,11 +214,33 @@ def _set_implementation(config: PreTrainedConfig, name: str) -> Callable[[], Non
     return restore
 
 
+class _Forward(partial[Any]):
+    """What stands in the place of a forward, with the signature of that.
+
+    Trainer drops columns that the signature does not name. It reads of every patched model that it takes position_ids,
+    or packed rows of a data set would lose their boundaries (Mamba, BLOOM). generate does not, which would make some.
+    """
+
+    own_signature: inspect.Signature
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "_set_signature_columns_if_needed":
+            frame = frame.f_back
+        parameters = dict(self.own_signature.parameters)
+        if frame is None or "position_ids" in parameters:
+            return self.own_signature
+        rest = [parameters.pop(name) for name, p in self.own_signature.parameters.items() if p.kind is p.VAR_KEYWORD]
+        named = inspect.Parameter("position_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+        return self.own_signature.replace(parameters=[*parameters.values(), named, *rest])
+
+
 def _wrap(module: nn.Module, wrapper: Callable[..., Any], *options: Any) -> Callable[[], None]:
     before = vars(module).get("forward")
     own = before if before is not None else partial(type(module).forward, module)
-    forward: Any = partial(wrapper, module, own, *options)
-    forward.__signature__ = inspect.signature(module.forward)
+    forward: Any = _Forward(wrapper, module, own, *options)
+    forward.own_signature = inspect.signature(module.forward)
     module.forward = forward
 
     def restore() -> None:
