@@ -165,8 +165,9 @@ def test_a_layer_that_a_checkpoint_of_torch_runs_again(cached):
 def test_rwkv_generates_as_before():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING["rwkv"])).eval()
-    ids = torch.arange(3, 10)[None]
-    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    ids, mask = torch.arange(3, 17).view(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     expected = model.generate(ids, **given)
     with packattn.patch(model):
         assert torch.equal(model.generate(ids, **given), expected)
