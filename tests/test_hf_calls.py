@@ -358,3 +358,16 @@ def test_law_3_the_forward_of_a_classifier_raises(compiled):
         forward = torch.compile(model.forward, backend="eager") if compiled else model.forward
         with pytest.raises(RuntimeError, match=r"runs past the hooks of packattn\.patch"):
             forward(**given)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4"])
+def test_what_only_the_loss_reads_may_pass_through_the_layers(name):
+    model, batch = tiny(name), packed_row("llama")
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    targets = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    with packattn.patch(model), torch.no_grad():
+        logits = model(**given).logits
+        expected = torch.nn.functional.cross_entropy(logits[0], targets[0])
+        assert_close(model(**given, labels=batch["labels"]).loss, expected)
+        found = model(**given, labels=batch["labels"], shift_labels=targets, ignore_index=-100).loss
+        assert_close(found, expected)

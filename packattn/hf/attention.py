@@ -17,9 +17,9 @@ from packattn.mask import PackedMask
 HARMLESS = frozenset(
     {
         "accum_dtype", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "ignore_index",
-        "is_causal", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions",
-        "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
-        "return_dict", "return_predicted_tokens", "return_token_accuracy", "seq_idx", "shift_labels",
+        "is_causal", "labels", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
+        "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
+        "position_ids", "return_dict", "return_predicted_tokens", "return_token_accuracy", "seq_idx", "shift_labels",
         "sliding_window", "token_type_ids", "use_cache", "use_token_scaling",
     }
 )  # fmt: skip
