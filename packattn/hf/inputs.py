@@ -221,6 +221,11 @@ def check(tokens: Tensor, position_ids: Any, attention_mask: Any) -> None:
         if not isinstance(value, Tensor) or value.dtype.is_floating_point:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be an integer tensor of shape (rows, n) = {(rows, n)}, got {got}.")
+        if name == "position_ids" and value.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                f"position_ids must be int32 or int64, got {value.dtype}, in which positions may wrap around: make "
+                "them in one of those."
+            )
         if name == "position_ids" and value.ndim == 3 and value.shape[1] in (rows, 1) and value.shape[2] == n:
             continue  # planes of M-RoPE
         if name == "attention_mask" and value.ndim == 4:

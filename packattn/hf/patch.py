@@ -11,9 +11,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
+from weakref import WeakSet, WeakValueDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,7 +27,7 @@ from packattn.hf.guard import Check, Mark
 from packattn.hf.hooks import NAME, Carry, Enter, Leave, entered, leaving
 from packattn.hf.inputs import takes_rows
 from packattn.hf.plan import Plan, make_plan, one_logit_a_row
-from packattn.hf.probe import FAILS, first_position, probe, runs
+from packattn.hf.probe import first_position, probe, runs
 
 
 class Patch:
@@ -124,8 +126,8 @@ def patch(model: nn.Module) -> Patch:
         if not plan.rows and (problem := probe(plan)):
             Patch(model, plan, restore).remove()
             # What the model does not run by itself either (inputs beside text) says nothing of packing.
-            if not problem.startswith(FAILS) or runs(plan.builders[0][1]):
-                plan.rows, plan.by_sequence, plan.attention = [problem], [], []
+            if not problem.failed or runs(plan.builders[0][1]):
+                plan.rows, plan.by_sequence, plan.attention = [problem.reason], [], []
             _apply(plan, restore)
     except BaseException:
         Patch(model, plan, restore).remove()
@@ -181,11 +183,11 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
     if plan.rows:
         for config in configs_of(builders):
             if config._attn_implementation == NAME:  # loaded so
-                restore.append(_set_implementation(config, "eager"))
+                restore.append(_set_implementation(inner, config, "eager"))
         restore.append(_wrap(builders[0], by_sequence, plan, "equal"))
     else:
         for config in configs_of([*builders, *plan.entries]):
-            restore.append(_set_implementation(config, NAME))
+            restore.append(_set_implementation(inner, config, NAME))
         for builder in builders:
             four = bool(re.search(r"attention_mask\.(view|reshape)\(", inspect.getsource(type(builder))))
             carry = Carry(plan, list(inspect.signature(builder.forward).parameters), four)
@@ -204,11 +206,27 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
             restore.append(_wrap(module, leaving))
 
 
-def _set_implementation(config: PreTrainedConfig, name: str) -> Callable[[], None]:
-    before = config._attn_implementation
+@dataclass(eq=False)
+class _Held:
+    """A config while models that share it are patched: what it said before the first, and what is left of them."""
+
+    before: str | None
+    models: WeakSet[nn.Module] = field(default_factory=WeakSet)
+
+
+# By the id of a config, which lives as long as a Patch that can put it back.
+_HELD: WeakValueDictionary[int, _Held] = WeakValueDictionary()
+
+
+def _set_implementation(model: nn.Module, config: PreTrainedConfig, name: str) -> Callable[[], None]:
+    """Let the config of a model say how it attends, until the last of those that share it is put back."""
+    held = _HELD.setdefault(id(config), _Held(config._attn_implementation))
+    held.models.add(model)
 
     def restore() -> None:
-        config._attn_implementation_internal = before
+        held.models.discard(model)
+        if not held.models:
+            config._attn_implementation_internal = held.before
 
     config._attn_implementation_internal = name
     return restore

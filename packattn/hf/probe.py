@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,18 @@ from packattn.hf.running import RUNNING, SUSPENDED
 _LENGTHS = (3, 5)
 _ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)  # NotImplementedError is one
 _FROM_TWO = {"mra", "nystromformer", "yoso"}  # by a constant in their code
-FAILS = "its code fails on packattn's masks: "
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a packed forward did not isolate its second sequence.
+
+    Attributes:
+        reason: in words. failed: the model's own code raised an error, as it may without packing too.
+    """
+
+    reason: str
+    failed: bool = False
 
 
 def _ids(builder: PreTrainedModel) -> Tensor:
@@ -45,7 +57,7 @@ def runnable(builder: PreTrainedModel) -> bool:
     return bool(weights) and whole and isinstance(getattr(embeddings, "weight", None), Tensor)
 
 
-def probe(plan: Plan) -> str | None:
+def probe(plan: Plan) -> Problem | None:
     """Run the patched builder on two short sequences, and again with other tokens in the first.
 
     Returns:
@@ -64,15 +76,19 @@ def probe(plan: Plan) -> str | None:
         with _undisturbed(builder):
             one, other = (_second(builder, given, positions, extra) for given in (ids, changed))
     except NotImplementedError as error:
-        return str(error)
+        return Problem(str(error))
     except _ERRORS as error:
-        return str(error) if "packattn" in str(error) else f"{FAILS}{type(error).__name__}: {error}"
+        if "packattn" in str(error):
+            return Problem(str(error))
+        return Problem(f"its code fails on packattn's masks: {type(error).__name__}: {error}", failed=True)
     if one is None or other is None or one.shape != other.shape or not bool(torch.isfinite(one).all()):
         return None
     # Experts may round differently with other neighbours; a leak is orders larger.
     moved = (one - other).abs().max().item() / max(one.abs().max().item(), 1e-30)
     if moved > 256 * torch.finfo(one.dtype).eps:
-        return f"in a forward of two short sequences, the second moved by {moved:.1e} with the tokens of the first"
+        return Problem(
+            f"in a forward of two short sequences, the second moved by {moved:.1e} with the tokens of the first"
+        )
     return None
 
 
