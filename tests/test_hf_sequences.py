@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2VLForConditionalGeneration,
+    StaticCache,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -201,6 +202,29 @@ def test_law_3_planes_that_differ_say_no_boundaries(qwen2_vl):
     batch = packed_row("llama")
     with packattn.patch(qwen2_vl), pytest.raises(RuntimeError, match=r"planes .* that differ.*Say it by seq_idx"):
         qwen2_vl(input_ids=batch["input_ids"], position_ids=with_an_image(batch["position_ids"]))
+
+
+@pytest.mark.parametrize("form", ["equal planes", "text before", "images"])
+def test_law_3_planes_that_restart_over_a_static_cache_raise(qwen2_vl, form):
+    batch = packed_row("llama")
+    ids, position_ids = batch["input_ids"], batch["position_ids"]
+    planes = position_ids.expand(3 if form == "equal planes" else 4, -1, -1)
+    if form == "images":
+        planes = with_an_image(position_ids)
+
+    def over_a_cache(ids, planes):
+        cache = StaticCache(config=qwen2_vl.config.get_text_config(), max_cache_len=64)
+        return qwen2_vl(input_ids=ids, position_ids=planes, past_key_values=cache).logits
+
+    second = spans()[1]  # with the image in it
+    with packattn.patch(qwen2_vl), torch.no_grad():
+        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
+            over_a_cache(ids, planes)
+        one = {"input_ids": ids[:, second], "position_ids": planes[:, :, second], "use_cache": False}
+        assert_close(
+            over_a_cache(ids[:, second], planes[:, :, second]),
+            qwen2_vl(**one, seq_idx=torch.zeros_like(ids[:, second])).logits,
+        )
 
 
 def test_planes_without_a_text_plane_are_not_taken_for_one():

@@ -134,9 +134,9 @@ def _or_padding(steps: Tensor, attention_mask: Any) -> Tensor:
 def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
     """Assert on the device that a forward over a cache is not packed."""
     n = tokens.shape[1]
-    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or n == 1:
+    if not isinstance(position_ids, Tensor) or n == 1:
         return
-    whole = position_ids.diff(dim=1) == 1
+    whole = position_ids.diff(dim=1) == 1 if position_ids.ndim == 2 else _begins_once(position_ids)
     if is_prepared(attention_mask):  # where padding lies is not known: it may stand before the tokens
         whole = whole | (whole.cumsum(1) == 0)
     elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] >= n:
@@ -146,6 +146,16 @@ def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
         "position_ids restart in a forward over a cache that is static or holds tokens: packattn isolates packed rows "
         "in forwards without one. Leave out the cache (past_key_values), or give one sequence a row.",
     )
+
+
+def _begins_once(planes: Tensor) -> Tensor:
+    """bool (rows, n - 1), of each token after the first: no second one of the row's lowest position in all planes.
+
+    Within a sequence the planes of M-RoPE (planes, rows, n) rise and fall with the images, but text and images begin
+    higher than all before them.
+    """
+    lowest = (planes == planes.amin((0, 2), keepdim=True)).all(0)
+    return ~lowest[:, 1:] | (lowest.cumsum(1)[:, :-1] == 0)
 
 
 def one_sequence_a_row(position_ids: Tensor, attention_mask: Any) -> Tensor:
