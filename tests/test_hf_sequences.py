@@ -124,6 +124,46 @@ def test_padding_whose_embedding_is_zero_gives_finite_gradients(embedded):
         assert one is None or (one - other).norm() <= 1e-4 * other.norm() + 1e-9
 
 
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("cpmant", AutoModelForCausalLM),
+        ("bamba", AutoModelForCausalLM),
+        ("convbert", AutoModelForMaskedLM),
+        ("fnet", AutoModelForMaskedLM),
+    ],
+)
+def test_law_1_rows_of_one_padded_sequence_each(name, auto):
+    # By themselves, most of these give a padded row other results than its sequence alone.
+    torch.manual_seed(0)
+    model, lengths = auto.from_config(shrink(CONFIG_MAPPING[name])).eval(), [13, 7]
+    ids = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(16) < torch.tensor(lengths)[:, None]).long()
+    given = {"input_ids": ids, "attention_mask": mask} | ({"use_cache": False} if auto is AutoModelForCausalLM else {})
+    with torch.no_grad():
+        rows = [model(input_ids=ids[i : i + 1, :n]).logits[0] for i, n in enumerate(lengths)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # by rows
+            packattn.patch(model)
+        found = model(**given).logits
+    for i, n in enumerate(lengths):
+        assert_close(found[i, :n], rows[i])
+
+
+@pytest.mark.parametrize("how", ["asked", "by default"])
+def test_rows_of_one_padded_sequence_each_fill_a_cache(how):
+    model, ids = make("bamba"), packed_row("llama", [16])["input_ids"].expand(2, -1)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    given = {"input_ids": ids, "attention_mask": mask} | ({"use_cache": True} if how == "asked" else {})
+    with torch.no_grad():
+        truth = model(**given)
+        with packattn.patch(model):
+            found = model(**given)
+    assert found.cache.get_seq_length() == truth.cache.get_seq_length() == 16
+    assert_close(found.logits[mask == 1], truth.logits[mask == 1])
+
+
 # One result per sequence: rows padded to one length where attention knows it, rows of one length where layers mix.
 
 

@@ -125,6 +125,8 @@ def _arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not prepare(running, arguments, tokens):
         return None
+    if running.layout is not None and _stays_padded(hook, module, arguments, running.layout):
+        running.layout, running.packed = None, False
     if running.layout is not None and one_logit_a_row(module):
         _check_labels(arguments.get("labels"), len(running.layout.starts))
         if not hook.plan.by_length(module):
@@ -171,11 +173,22 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     if running.plan is not None and running.plan.needs_layout:
         refuse_trace()
         layout = Layout.of(running.position_ids, running.real)
-        if layout.packed:
+        if layout.packed or (running.plan.mixes and not layout.full):
             running.layout = layout
-        elif not layout.full and running.plan.mixes:
-            running.packed = False  # one padded sequence a row: transformers does that right, caches included
     return True
+
+
+def _stays_padded(hook: Enter, module: nn.Module, arguments: dict[str, Any], layout: Layout) -> bool:
+    """Whether rows of one padded sequence each are left to transformers: for their caches, or a result of each row."""
+    if layout.packed:
+        return False
+    if one_logit_a_row(module) and len(layout.starts) < layout.rows:  # rows of padding alone
+        return True
+    cached = arguments.get("use_cache")
+    if cached is None and "use_cache" in hook.names and not module.training:
+        assert isinstance(module, PreTrainedModel)
+        cached = getattr(module.config.get_text_config(), "use_cache", False)
+    return bool(cached) or cache_of(arguments) is not None
 
 
 def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> None:
