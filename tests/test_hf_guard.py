@@ -120,6 +120,32 @@ def test_law_3_a_forward_past_the_hooks_raises(name, compiled):
         forward(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["mamba", "bloom"])
+def test_law_3_a_forward_that_would_lose_its_positions_raises(name, compiled):
+    # The heads of these models do not hand position_ids on: only the hooks do.
+    torch._dynamo.reset()
+    model, batch = small(name), packed_row(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # by rows
+        packattn.patch(model)
+    forward = torch.compile(model.forward, backend="eager") if compiled else model.forward
+    with torch.no_grad():
+        forward(input_ids=batch["input_ids"])
+        with pytest.raises(RuntimeError, match=r"runs past the hooks of packattn\.patch"):
+            forward(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+
+
+def test_law_3_a_compiled_forward_past_the_hooks_over_a_static_cache_raises():
+    torch._dynamo.reset()
+    model, batch = make("llama"), packed_row("llama")
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    with packattn.patch(model), torch.no_grad():
+        forward = torch.compile(model.model.forward, backend="eager")
+        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
+            forward(**given, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+
+
 @pytest.mark.parametrize("name", ["roberta", "ibert", "nystromformer", "bert"])
 def test_positions_begin_where_they_do_whether_the_weights_are_here_or_not(name):
     from packattn.hf.plan import make_plan

@@ -1,6 +1,7 @@
 """A patched model that something is put around: heads, traces, transforms, torch.compile after an error, generation."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,13 +34,45 @@ class WrapperForSequenceClassification(Wrapper):
     pass
 
 
-def test_law_3_a_head_put_around_a_patched_model_raises():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_law_3_a_head_put_around_a_patched_model_raises(compiled):
+    torch._dynamo.reset()
     model, batch = make("llama").model, packed_row("llama")
     packattn.patch(model)
     given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    Wrapper(model)(**given)
+
+    def call(kind):
+        return torch.compile(kind(model), backend="eager") if compiled else kind(model)
+
+    call(Wrapper)(**given)
     with pytest.raises(NotImplementedError, match="one result of every row, around a model that was patched by itself"):
-        WrapperForSequenceClassification(model)(**given)
+        call(WrapperForSequenceClassification)(**given)
+
+
+class Prompted(torch.nn.Module):
+    """As PEFT's prompt tuning does it."""
+
+    active_peft_config = SimpleNamespace(is_prompt_learning=True)
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.prompt = torch.nn.Parameter(torch.zeros(1, 3, 64))
+
+    def forward(self, input_ids, position_ids):
+        embeddings = self.inner.get_input_embeddings()(input_ids)
+        return self.inner(inputs_embeds=torch.cat([self.prompt, embeddings], 1)).logits
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_law_3_prompts_put_before_the_row_of_a_patched_model_raise(compiled):
+    torch._dynamo.reset()
+    model, batch = make("llama"), packed_row("llama")
+    packattn.patch(model)
+    prompted = Prompted(model)
+    call = torch.compile(prompted, backend="eager") if compiled else prompted
+    with pytest.raises(NotImplementedError, match="PEFT prompt learning puts virtual tokens before the row"):
+        call(batch["input_ids"], batch["position_ids"])
 
 
 @pytest.mark.parametrize("how", ["make_fx", "export"])

@@ -25,6 +25,7 @@ from packattn.hf.inputs import (
     holds_tokens,
     is_called,
     is_prepared,
+    modules_around,
     no_loss_across,
     no_restarts,
     own_positions,
@@ -33,6 +34,7 @@ from packattn.hf.inputs import (
     refuse_trace,
     same_sequences,
     sign,
+    spoils,
     text_positions,
     tokens_of,
 )
@@ -73,6 +75,9 @@ def _with_positions(
     tokens, position_ids = tokens_of(arguments), arguments.get("position_ids")
     if not isinstance(tokens, Tensor):
         return None
+    why = _spoiled_in_a_trace(hook.plan, arguments.get("input_ids") is None and position_ids is None)
+    if why:
+        raise NotImplementedError(why)
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
         no_loss_across(arguments, position_ids, arguments.get("attention_mask"), hook.plan.shifts_labels)
     if position_ids is not None or hook.plan.text_plane:
@@ -82,6 +87,16 @@ def _with_positions(
         return None
     no_loss_across(arguments, given, arguments.get("attention_mask"), hook.plan.shifts_labels)
     return (), arguments | {"position_ids": given + hook.plan.first_position}
+
+
+def _spoiled(plan: Plan, tokens_only: bool) -> str:
+    """What `refuse_callers` would raise of a module around the patched model; empty: there is none."""
+    around = modules_around(plan.entries, partial(spoils, tokens_only=tokens_only))
+    return spoils(around[0], tokens_only) if around else ""
+
+
+# Traces have no callers to look at: asked once for each graph, outside of it.
+_spoiled_in_a_trace: Callable[..., str] = torch.compiler.assume_constant_result(_spoiled)  # type: ignore[no-untyped-call]
 
 
 def _enter(
@@ -249,10 +264,18 @@ class Leave:
             _leave_untraced(module)
 
 
-def leaving(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The forward of a module that `Enter` is on: torch.compile does not call `Leave` after an error."""
+def leaving(
+    module: nn.Module, forward: Callable[..., Any], plan: Plan, lost: frozenset[str], *args: Any, **kwargs: Any
+) -> Any:
+    """The forward of a module that `Enter` is on: torch.compile does not call `Leave` after an error.
+
+    Args:
+        lost: names of arguments that say where sequences lie, and that only `Enter` hands on.
+    """
     if args and args[0] is module:  # Accelerate binds the forward of a model that it unwraps once more
         args = args[1:]
+    if not plan.removed and not lost.isdisjoint(kwargs):
+        _assert_entered(module)
     try:
         return forward(*args, **kwargs)
     except BaseException:

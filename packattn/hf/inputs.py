@@ -1,8 +1,9 @@
 """What a call of a patched model may bring, and the errors that say what it may not."""
 
+import gc
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
@@ -18,7 +19,7 @@ from packattn.mask import PackedMask
 _OF_A_ROW = re.compile(r"For(SequenceClassification|QuestionAnswering|MultipleChoice)$")
 PROMPTS = "PEFT prompt learning puts virtual tokens before the row and drops position_ids"
 # What says where sequences lie beside position_ids.
-_EXPLICIT = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+EXPLICIT = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def refuse_callers(entries: Collection[nn.Module], tokens_only: bool) -> None:
@@ -30,18 +31,35 @@ def refuse_callers(entries: Collection[nn.Module], tokens_only: bool) -> None:
     frame = sys._getframe(1)
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
         caller = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
-        if not isinstance(caller, nn.Module) or caller in entries:
-            continue
-        if (why := of_adapters(caller)) and (tokens_only or why is not PROMPTS):
-            raise NotImplementedError(
-                f"{why}, so that packed sequences would not be isolated. Remove the patch, and train this model "
-                "unpacked."
-            )
-        if takes_rows(caller):
-            raise NotImplementedError(
-                f"{type(caller).__name__} works out one result of every row, around a model that was patched by "
-                f"itself. Call .remove() of the Patch, and packattn.patch on the {type(caller).__name__}."
-            )
+        if isinstance(caller, nn.Module) and caller not in entries and (why := spoils(caller, tokens_only)):
+            raise NotImplementedError(why)
+
+
+def modules_around(models: Collection[nn.Module], kind: Callable[[Any], Any]) -> list[Any]:
+    """The modules of a kind that hold one of the models. Modules do not know what holds them; the garbage collector
+    does."""
+
+    def around() -> list[Any]:
+        found = (o for o in gc.get_objects() if issubclass(type(o), nn.Module) and o not in models and kind(o))
+        return [o for o in found if any(inner in models for inner in o.modules())]
+
+    if around():
+        gc.collect()  # what nobody holds any more
+    return around()
+
+
+def spoils(module: nn.Module, tokens_only: bool) -> str:
+    """Why packed rows would be spoilt by a module around a patched model; empty: they are not."""
+    if (why := of_adapters(module)) and (tokens_only or why is not PROMPTS):
+        return (
+            f"{why}, so that packed sequences would not be isolated. Remove the patch, and train this model unpacked."
+        )
+    if takes_rows(module):
+        return (
+            f"{type(module).__name__} works out one result of every row, around a model that was patched by "
+            f"itself. Call .remove() of the Patch, and packattn.patch on the {type(module).__name__}."
+        )
+    return ""
 
 
 def is_called(module: nn.Module | None) -> bool:
@@ -268,7 +286,7 @@ def given_sequences(arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:
     """
     rows, n = tokens.shape[:2]
     found: dict[str, Tensor] = {}
-    for name in _EXPLICIT:
+    for name in EXPLICIT:
         value = arguments.get(name)
         if value is None:
             continue

@@ -5,7 +5,6 @@ hooks carry position ids and padding to the mask function. Layers that mix along
 row per sequence (see `packattn.hf.plan` for what is done where).
 """
 
-import gc
 import inspect
 import re
 import sys
@@ -25,7 +24,7 @@ from packattn.errors import UnsupportedModelError
 from packattn.hf.by_sequence import by_sequence
 from packattn.hf.guard import Check, Mark
 from packattn.hf.hooks import NAME, Carry, Enter, Leave, entered, leaving
-from packattn.hf.inputs import takes_rows
+from packattn.hf.inputs import EXPLICIT, modules_around, takes_rows
 from packattn.hf.plan import Plan, make_plan, one_logit_a_row
 from packattn.hf.probe import first_position, probe, runs
 
@@ -142,20 +141,10 @@ def patch(model: nn.Module) -> Patch:
 
 
 def _results_of_rows_around(model: nn.Module) -> list[str]:
-    """Reasons not to patch a model inside of others that make one result, or one loss, of every row.
-
-    Modules do not know what holds them; the garbage collector does.
-    """
-
-    def around() -> list[PreTrainedModel]:
-        heads = (o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel) and takes_rows(o))
-        return [head for head in heads if head is not model and any(inner is model for inner in head.modules())]
-
-    if around():
-        gc.collect()  # what nobody holds any more
+    """Reasons not to patch a model inside of others that make one result, or one loss, of every row."""
     return [
         f"it is a part of a {type(head).__name__}, which works out one result of every row: call packattn.patch on that"
-        for head in around()
+        for head in modules_around([model], takes_rows)
     ]
 
 
@@ -174,11 +163,10 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
     inner = builders[-1]
     plan.removed = False
     restore.append(partial(setattr, plan, "removed", True))
-    takes = "position_ids" in inspect.signature(inner.forward).parameters
     for module in dict.fromkeys([*plan.entries, *builders]):
-        parameters = inspect.signature(module.forward).parameters
-        passes_on = takes and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        hook = Enter(plan, list(parameters), "position_ids" in parameters or passes_on)
+        hook = Enter(
+            plan, list(inspect.signature(module.forward).parameters), "position_ids" not in _lost(module, inner)
+        )
         restore.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
     if plan.rows:
         for config in configs_of(builders):
@@ -203,7 +191,16 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
     for module in dict.fromkeys([*plan.entries, *builders]):
         restore.append(module.register_forward_hook(Leave(plan), always_call=True).remove)
         if plan.needs_layout or "position_ids" not in inspect.signature(module.forward).parameters:
-            restore.append(_wrap(module, leaving))
+            lost = _lost(module, inner) if plan.needs_layout else frozenset()
+            restore.append(_wrap(module, leaving, plan, lost))
+
+
+def _lost(module: nn.Module, inner: nn.Module) -> frozenset[str]:
+    """What says where sequences lie, and does not reach the inner model through the arguments of a module."""
+    parameters = inspect.signature(module.forward).parameters
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    reached = {*parameters, *(inspect.signature(inner.forward).parameters if passes_on else ())}
+    return frozenset({"position_ids", *EXPLICIT} - reached)
 
 
 @dataclass(eq=False)
