@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, alone, assert_close, make, packed_row
+from tiny_models import VOCABULARY, alone, assert_close, make, packed_row, spans
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -252,6 +252,28 @@ def test_law_3_a_class_patched_before_is_seen_by_the_patch(monkeypatch):
     monkeypatch.setattr(LlamaAttention, "forward", plain_attention)
     model, batch = make("llama"), packed_row("llama")
     assert_exact_by_rows(model, batch, "LlamaAttention computes attention itself")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_law_3_an_encoder_that_is_told_to_be_causal_raises(compiled):
+    # SDPA of transformers would take it up, its eager attention would not.
+    torch._dynamo.reset()
+    model, batch = make("bert"), packed_row("bert")
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    with packattn.patch(model), torch.no_grad():
+        call = torch.compile(model, backend="eager") if compiled else model
+        with pytest.raises(NotImplementedError, match="is_causal=True: of BertModel, which looks both ways"):
+            call(**inputs, is_causal=True)
+        assert_close(call(**inputs, is_causal=False).logits, model(**inputs).logits)
+
+
+def test_law_1_a_decoder_that_is_told_to_look_both_ways():
+    model, batch = make("llama"), packed_row("llama")
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    with torch.no_grad():
+        rows = [model(input_ids=batch["input_ids"][:, s], is_causal=False, use_cache=False).logits for s in spans()]
+        with packattn.patch(model):
+            assert_close(model(**inputs, is_causal=False).logits, torch.cat(rows, 1))
 
 
 class Bypass(torch.nn.Module):

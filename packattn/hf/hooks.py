@@ -319,6 +319,13 @@ class Carry:
             raise NotImplementedError(
                 "output_attentions=True: packattn never forms the attention weights. Leave it out, or remove the patch."
             )
+        if arguments.get("is_causal") and not any(
+            getattr(layer, "is_causal", True) for _, layer in self.plan.attention
+        ):
+            raise NotImplementedError(
+                f"is_causal=True: of {type(module).__name__}, which looks both ways, transformers' implementations of "
+                "attention make different things then. Leave it out, or remove the patch."
+            )
         tokens = tokens_of(arguments)
         if not isinstance(tokens, Tensor) or holds_masks(arguments.get("attention_mask")):
             return None
