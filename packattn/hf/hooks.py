@@ -319,8 +319,8 @@ class Carry:
             raise NotImplementedError(
                 "output_attentions=True: packattn never forms the attention weights. Leave it out, or remove the patch."
             )
-        if arguments.get("is_causal") and not any(
-            getattr(layer, "is_causal", True) for _, layer in self.plan.attention
+        if arguments.get("is_causal") and any(
+            not getattr(layer, "is_causal", True) for _, layer in self.plan.attention
         ):
             raise NotImplementedError(
                 f"is_causal=True: of {type(module).__name__}, which looks both ways, transformers' implementations of "
