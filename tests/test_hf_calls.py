@@ -190,6 +190,20 @@ def test_law_1_sequences_as_long_as_there_are_labels():
             assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, rows)
 
 
+def test_a_row_of_padding_alone_has_no_result():
+    # By itself, XLNet gives padded rows other results than their sequences alone.
+    model, ids = tiny("xlnet", AutoModelForSequenceClassification), packed_row("llama", [12])["input_ids"]
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 7:] = 0
+    with torch.no_grad():
+        rows = torch.cat([model(input_ids=ids[:, :n]).logits for n in (7, 12)])
+        with patched(model):
+            assert_close(model(input_ids=ids.expand(2, -1), attention_mask=mask).logits, rows)
+            mask[1] = 0
+            with pytest.raises(ValueError, match="1 of the 2 rows hold padding alone"):
+                model(input_ids=ids.expand(2, -1), attention_mask=mask)
+
+
 def test_masks_made_beforehand_over_an_empty_cache_raise_for_a_packed_row():
     model, batch = make("llama"), packed_row("llama")
     n = batch["input_ids"].shape[1]

@@ -194,11 +194,14 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
 
 
 def _stays_padded(hook: Enter, module: nn.Module, arguments: dict[str, Any], layout: Layout) -> bool:
-    """Whether rows of one padded sequence each are left to transformers: for their caches, or a result of each row."""
+    """Whether rows of one padded sequence each are left to transformers, for their caches."""
     if layout.packed:
         return False
-    if one_logit_a_row(module) and len(layout.starts) < layout.rows:  # rows of padding alone
-        return True
+    if one_logit_a_row(module) and len(layout.starts) < layout.rows:
+        raise ValueError(
+            f"{type(module).__name__} makes one result of every sequence, and {layout.rows - len(layout.starts)} of "
+            f"the {layout.rows} rows hold padding alone. Leave them out."
+        )
     cached = arguments.get("use_cache")
     if cached is None and "use_cache" in hook.names and not module.training:
         assert isinstance(module, PreTrainedModel)
