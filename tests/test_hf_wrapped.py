@@ -131,6 +131,18 @@ def test_transforms_of_torch_func_raise(transform):
         transform(loss, x)
 
 
+def test_vmap_over_rows_whose_lengths_differ_raises():
+    model, batch = make("mamba"), packed_row("mamba")
+    ids = batch["input_ids"].expand(2, -1)
+    positions = torch.cat([batch["position_ids"], torch.arange(ids.shape[1])[None]])
+
+    def logits(ids, positions):
+        return model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits
+
+    with packattn.patch(model), pytest.raises(NotImplementedError, match=r"no rules for torch\.func"):
+        torch.vmap(logits)(ids, positions)
+
+
 def test_law_1_an_error_in_a_compiled_hybrid_leaves_nothing_for_the_next_call():
     torch._dynamo.reset()
     model, batch = make("bamba"), packed_row("bamba")

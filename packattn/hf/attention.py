@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from packattn.attention import packed_attention
-from packattn.hf.inputs import no_restarts
+from packattn.hf.inputs import no_restarts, no_transforms
 from packattn.hf.running import RUNNING, past_the_hooks
 from packattn.mask import PackedMask
 
@@ -59,11 +59,8 @@ def attention_forward(
             "Train this model unpacked, without packattn.patch."
         )
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            "packattn has no rules for torch.func transforms (vmap, grad, jvp). Use autograd and a loop, or remove the "
-            "patch and run one sequence a row."
-        )
+    if not compiling:
+        no_transforms(torch._C._are_functorch_transforms_active())
     running = None if compiling else RUNNING.get()
     packed = running is not None and running.packed
     if isinstance(attention_mask, PackedMask):

@@ -28,6 +28,7 @@ from packattn.hf.inputs import (
     modules_around,
     no_loss_across,
     no_restarts,
+    no_transforms,
     own_positions,
     refuse_callers,
     refuse_packed,
@@ -187,6 +188,7 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     no_loss_across(arguments, running.position_ids, running.real, plan is not None and plan.shifts_labels)
     if running.plan is not None and running.plan.needs_layout:
         refuse_trace()
+        no_transforms(torch._C._functorch.is_batchedtensor(running.position_ids))
         layout = Layout.of(running.position_ids, running.real)
         if layout.packed or (running.plan.mixes and not layout.full):
             running.layout = layout

@@ -215,6 +215,15 @@ def refuse_trace() -> None:
         )
 
 
+def no_transforms(active: bool) -> None:
+    """Raise where a transform of torch.func reaches an operator of packattn, or the lengths of sequences."""
+    if active:
+        raise NotImplementedError(
+            "packattn has no rules for torch.func transforms (vmap, grad, jvp). Use autograd and a loop, or remove the "
+            "patch and run one sequence a row."
+        )
+
+
 def first_or_later(position_ids: Tensor, attention_mask: Any, first: int) -> None:
     """Assert on the device that positions begin where the model's own do."""
     right = position_ids >= first
