@@ -1,6 +1,5 @@
 """Ways of calling a patched model that once gave wrong numbers without an error: state left behind, names, padding."""
 
-import gc
 import warnings
 
 import pytest
@@ -386,42 +385,3 @@ def test_what_only_the_loss_reads_may_pass_through_the_layers(name):
         assert_close(model(**given, labels=batch["labels"]).loss, expected)
         found = model(**given, labels=batch["labels"], shift_labels=targets, ignore_index=-100).loss
         assert_close(found, expected)
-
-
-@pytest.mark.parametrize("name", ["llama", "bamba", "roberta"])
-def test_positions_of_a_dtype_in_which_they_wrap_around_are_refused(name):
-    model, batch = make(name), packed_row(name)
-    with packattn.patch(model):
-        for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16):
-            with pytest.raises(TypeError, match=f"position_ids must be int32 or int64, got {dtype}"):
-                model(input_ids=batch["input_ids"], position_ids=batch["position_ids"].to(dtype))
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-        with torch.no_grad():
-            expected = model(**inputs).logits
-            assert_close(model(**inputs | {"position_ids": batch["position_ids"].int()}).logits, expected)
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_models_that_share_a_config_leave_it_as_it_was(order):
-    config, batch = LlamaConfig(**SMALL), packed_row("llama")
-    models = [LlamaForCausalLM(config).eval() for _ in range(2)]
-    before, inputs = config._attn_implementation, {k: batch[k] for k in ("input_ids", "position_ids")}
-    with torch.no_grad():
-        expected = [alone(model, batch) for model in models]
-        patches = [packattn.patch(model) for model in models]
-        patches[order[0]].remove()
-        assert_close(models[order[1]](**inputs).logits, expected[order[1]])  # the one that is still patched
-        patches[order[1]].remove()
-    assert config._attn_implementation == before
-
-
-def test_a_model_that_is_gone_does_not_keep_the_config_it_shared():
-    config = LlamaConfig(**SMALL)
-    model, other = LlamaForCausalLM(config), LlamaForCausalLM(config)
-    before = config._attn_implementation
-    patch = packattn.patch(model)
-    packattn.patch(other)
-    del other
-    gc.collect()
-    patch.remove()
-    assert config._attn_implementation == before

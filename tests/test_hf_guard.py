@@ -326,3 +326,16 @@ def test_a_model_that_computes_attention_itself_says_how_it_runs():
         assert patch.how == "rows"
         assert "a run of\n  all layers for every length in the batch" in repr(patch)
         assert "BloomAttention computes attention itself" in repr(patch)
+
+
+@pytest.mark.parametrize("name", ["llama", "bamba", "roberta"])
+def test_positions_of_a_dtype_in_which_they_wrap_around_are_refused(name):
+    model, batch = make(name), packed_row(name)
+    with packattn.patch(model):
+        for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16):
+            with pytest.raises(TypeError, match=f"position_ids must be int32 or int64, got {dtype}"):
+                model(input_ids=batch["input_ids"], position_ids=batch["position_ids"].to(dtype))
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            assert_close(model(**inputs | {"position_ids": batch["position_ids"].int()}).logits, expected)

@@ -1,14 +1,16 @@
-"""A patched model that something is put around: heads, traces, transforms, torch.compile after an error, generation."""
+"""A patched model that something is put around: heads, traces, transforms, torch.compile after an error, generation,
+another model of the same config."""
 
+import gc
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
-from tiny_models import alone, assert_close, make, packed_row, spans
+from tiny_models import SMALL, alone, assert_close, make, packed_row, spans
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -216,3 +218,29 @@ def test_rwkv_generates_as_before():
     expected = model.generate(ids, **given)
     with packattn.patch(model):
         assert torch.equal(model.generate(ids, **given), expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_models_that_share_a_config_leave_it_as_it_was(order):
+    config, batch = LlamaConfig(**SMALL), packed_row("llama")
+    models = [LlamaForCausalLM(config).eval() for _ in range(2)]
+    before, inputs = config._attn_implementation, {k: batch[k] for k in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        expected = [alone(model, batch) for model in models]
+        patches = [packattn.patch(model) for model in models]
+        patches[order[0]].remove()
+        assert_close(models[order[1]](**inputs).logits, expected[order[1]])  # the one that is still patched
+        patches[order[1]].remove()
+    assert config._attn_implementation == before
+
+
+def test_a_model_that_is_gone_does_not_keep_the_config_it_shared():
+    config = LlamaConfig(**SMALL)
+    model, other = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    before = config._attn_implementation
+    patch = packattn.patch(model)
+    packattn.patch(other)
+    del other
+    gc.collect()
+    patch.remove()
+    assert config._attn_implementation == before

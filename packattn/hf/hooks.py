@@ -42,7 +42,7 @@ from packattn.hf.inputs import (
 from packattn.hf.layout import Layout
 from packattn.hf.masks import Carried, carry
 from packattn.hf.plan import Plan, finds_last_by_padding, one_logit_a_row
-from packattn.hf.running import RUNNING, SUSPENDED, Running, past_the_hooks
+from packattn.hf.running import RUNNING, SUSPENDED, Running, keep_running_in_checkpoints, past_the_hooks
 from packattn.mask import PackedMask
 
 NAME = "packattn"
@@ -311,7 +311,7 @@ class Carry:
         compiling = torch.compiler.is_compiling() and not self.plan.needs_layout
         running = None if compiling else RUNNING.get()
         if module.training and self.plan.needs_layout:
-            _keep_running_in_checkpoints(module)
+            keep_running_in_checkpoints(module)
         if running is SUSPENDED:
             return None
         if module.config._attn_implementation != NAME:
@@ -397,23 +397,3 @@ def holds_masks(attention_mask: Any) -> bool:
     if isinstance(attention_mask, dict):
         return any(isinstance(mask, PackedMask) for mask in attention_mask.values())
     return isinstance(attention_mask, (PackedMask, Carried))
-
-
-def _keep_running_in_checkpoints(module: nn.Module) -> None:
-    """Recomputation runs outside of the forward: it gets what its forward knew along with its arguments."""
-    for layer in module.modules():
-        function = getattr(layer, "_gradient_checkpointing_func", None)
-        if function is not None and not (isinstance(function, partial) and function.func is _checkpoint):
-            layer._gradient_checkpointing_func = partial(_checkpoint, function)  # type: ignore[assignment]
-
-
-def _checkpoint(function: Callable[..., Any], call: Callable[..., Any], *args: Any) -> Any:
-    return function(partial(_under, RUNNING.get(), call), *args)
-
-
-def _under(running: Running | None, call: Callable[..., Any], *args: Any) -> Any:
-    token = RUNNING.set(running)
-    try:
-        return call(*args)
-    finally:
-        RUNNING.reset(token)

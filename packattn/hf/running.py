@@ -4,8 +4,11 @@ The masks themselves travel in the arguments of the layers (see `packattn.hf.mas
 layers do not take it, is found here for the time of the forward: a context variable, so that threads do not meet.
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,3 +53,23 @@ def past_the_hooks(what: str) -> str:
 # None outside of a forward. SUSPENDED: the model runs in transformers' own attention (verify, rows of one sequence).
 RUNNING: ContextVar[Running | None] = ContextVar("packattn_running", default=None)
 SUSPENDED = Running()
+
+
+def keep_running_in_checkpoints(module: nn.Module) -> None:
+    """Recomputation runs outside of the forward: it gets what its forward knew along with its arguments."""
+    for layer in module.modules():
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if function is not None and not (isinstance(function, partial) and function.func is _checkpoint):
+            layer._gradient_checkpointing_func = partial(_checkpoint, function)  # type: ignore[assignment]
+
+
+def _checkpoint(function: Callable[..., Any], call: Callable[..., Any], *args: Any) -> Any:
+    return function(partial(_under, RUNNING.get(), call), *args)
+
+
+def _under(running: Running | None, call: Callable[..., Any], *args: Any) -> Any:
+    token = RUNNING.set(running)
+    try:
+        return call(*args)
+    finally:
+        RUNNING.reset(token)
