@@ -101,6 +101,29 @@ def test_options_are_checked(options, message):
         PackingCollator(**options)
 
 
+@pytest.mark.parametrize("auto", ["AutoModelForTokenClassification", "AutoModelForMaskedLM"])
+def test_first_labels_are_kept_for_models_that_do_not_shift_them(auto):
+    import transformers
+
+    from packattn.hf.tiny import shrink
+
+    torch.manual_seed(0)
+    model = getattr(transformers, auto).from_config(shrink(transformers.BertConfig)).eval()
+    examples = [{"input_ids": list(range(3, 3 + n)), "labels": [i % 2 for i in range(n)]} for n in (5, 1, 9)]
+    rows = [{name: torch.tensor([values]) for name, values in example.items()} for example in examples]
+    with torch.no_grad():
+        expected = sum(model(**row).loss * row["labels"].numel() for row in rows) / 15
+        with packattn.patch(model):
+            batch = PackingCollator(keep_first_labels=True, pad_to=20)(examples)
+            assert model(**batch).loss == pytest.approx(expected.item(), rel=1e-5)
+            assert model(**PackingCollator()(examples)).loss != pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_first_labels_that_are_not_given_are_not_kept():
+    with pytest.raises(ValueError, match="keep_first_labels=True needs examples with labels"):
+        PackingCollator(keep_first_labels=True)([{"input_ids": [1, 2]}])
+
+
 def test_bins_of_examples_are_taken_one_after_another():
     assert lists(PackingCollator()([EXAMPLES, EXAMPLES[:1]])) == lists(PackingCollator()([*EXAMPLES, EXAMPLES[0]]))
 

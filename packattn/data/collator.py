@@ -19,7 +19,8 @@ class PackingCollator:
     The boundaries are marked by `position_ids` that restart, so the model must keep the examples apart:
     `packattn.patch(model)`. The first label of each example is ignored, since the last token of the example before
     would have to predict it; so the labels that are not -100 are exactly the tokens predicted, and a mean over them is
-    the mean over the examples run alone, weighted by their tokens.
+    the mean over the examples run alone, weighted by their tokens. Models that do not shift their labels (masked
+    language models, token classification) learn from the first token too: `keep_first_labels`.
 
     Rows of one static size (for compiled graphs, or kernels that are tuned by shape) come from `pad_to` or
     `pad_to_multiple_of`: the row ends in one dead segment, whose tokens have an attention_mask of 0, the first
@@ -34,6 +35,7 @@ class PackingCollator:
             and max_length_k, ints, for kernels of the flash-attn kind. To them, and to seq_idx, a dead segment is a
             last sequence, since they leave the output of a token that is in none unwritten.
         return_seq_idx: also give seq_idx, int32 (1, tokens), the number of each token's sequence, for Mamba kernels.
+        keep_first_labels: leave the labels as they are, of which each example must then have its own.
 
     >>> batch = PackingCollator()([{"input_ids": [11, 12, 13]}, {"input_ids": [21, 22]}])
     >>> for name, values in batch.items():
@@ -50,6 +52,7 @@ class PackingCollator:
     pad_token_id: int = 0
     return_flash_attn_kwargs: bool = False
     return_seq_idx: bool = False
+    keep_first_labels: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("start_position", 0), ("pad_token_id", 0), ("pad_to", 1), ("pad_to_multiple_of", 1)):
@@ -88,6 +91,11 @@ class PackingCollator:
             raise ValueError("examples must hold at least one example, got none.")
         for index, example in enumerate(examples):
             _check_fields(index, example, examples[0])
+        if self.keep_first_labels and "labels" not in examples[0]:
+            raise ValueError(
+                "keep_first_labels=True needs examples with labels; without, input_ids are the labels, as "
+                "for causal language models, which would have to predict the first of every example."
+            )
         columns = {
             name: [_values(index, name, example[name]) for index, example in enumerate(examples)]
             for name in examples[0]
@@ -112,7 +120,8 @@ class PackingCollator:
             starts = counts.cumsum(0) - counts
             positions = torch.arange(len(input_ids), device=input_ids.device) - starts.repeat_interleave(counts)
             positions += self.start_position
-        labels[starts] = _IGNORED
+        if not self.keep_first_labels:
+            labels[starts] = _IGNORED
         packed = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
         packed |= {name: torch.cat(column) for name, column in columns.items()}
         return self._finished(packed, starts)
