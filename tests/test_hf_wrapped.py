@@ -2,6 +2,7 @@
 another model of the same config."""
 
 import gc
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -244,3 +245,24 @@ def test_a_model_that_is_gone_does_not_keep_the_config_it_shared():
     gc.collect()
     patch.remove()
     assert config._attn_implementation == before
+
+
+@pytest.mark.parametrize("name", ["minimax", "roberta", "whisper"])  # caches and positions of their own
+def test_generate_from_padded_prompts_is_unchanged(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING[name])).eval()
+    ids = torch.randint(3, 90, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+
+    def scores():
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        made = model.generate(ids, attention_mask=mask, **options, output_scores=True, return_dict_in_generate=True)
+        return torch.stack(made.scores).clamp(min=-1e4)
+
+    expected = scores()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # by rows
+        patch = packattn.patch(model)
+    with patch:
+        assert_close(scores(), expected)

@@ -22,6 +22,7 @@ from packattn.hf.inputs import (
     check,
     first_or_later,
     given_sequences,
+    goes_on_by_index,
     holds_tokens,
     is_called,
     is_prepared,
@@ -76,8 +77,7 @@ def _with_positions(
     tokens, position_ids = tokens_of(arguments), arguments.get("position_ids")
     if not isinstance(tokens, Tensor):
         return None
-    why = _spoiled_in_a_trace(hook.plan, arguments.get("input_ids") is None and position_ids is None)
-    if why:
+    if why := _spoiled_in_a_trace(hook.plan, arguments.get("input_ids") is None and position_ids is None):
         raise NotImplementedError(why)
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
         no_loss_across(arguments, position_ids, arguments.get("attention_mask"), hook.plan.shifts_labels)
@@ -174,10 +174,11 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     given, plan = given_sequences(arguments, tokens), running.plan
     first = plan.first_position if plan is not None else 0
     if position_ids is None:
-        position_ids = (given if given is not None else own_positions(tokens, attention_mask)) + first
+        counted = None if goes_on_by_index(running.owner, cache) else attention_mask
+        position_ids = (given if given is not None else own_positions(tokens, counted)) + first
     elif position_ids.ndim == 3:
         position_ids = text_positions(position_ids, given, plan is not None and plan.text_plane)
-    elif first:
+    elif first and cache is None:  # generate counts from 0
         first_or_later(position_ids, attention_mask, first)
     if given is not None:
         agree(position_ids, given, attention_mask)

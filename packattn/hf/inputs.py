@@ -1,6 +1,7 @@
 """What a call of a patched model may bring, and the errors that say what it may not."""
 
 import gc
+import inspect
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -112,8 +113,10 @@ def holds_tokens(cache: Any) -> bool:
         try:
             if cache.has_previous_state():
                 return True
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, IndexError):  # none that tells, or none yet
             pass
+    if getattr(cache, "linear_cache", None):  # MiniMax's states, beside the layers
+        return True
     try:
         return bool(cache.get_seq_length() > 0)
     except (AttributeError, ValueError):  # a cache of recurrent states only
@@ -329,6 +332,13 @@ def own_positions(tokens: Tensor, attention_mask: Any) -> Tensor:
     if not isinstance(attention_mask, Tensor):
         return index
     return (index - (attention_mask != 0).int().argmax(1, keepdim=True)).clamp(min=0)
+
+
+def goes_on_by_index(module: nn.Module | None, cache: Any) -> bool:
+    """Whether a cache is to be filled by a model that generate gives no position_ids: it then counts padding too."""
+    if cache is None or module is None:
+        return False
+    return "position_ids" not in inspect.signature(type(module).forward).parameters
 
 
 def text_positions(planes: Tensor, given: Tensor | None, text_first: bool) -> Tensor:
