@@ -64,23 +64,32 @@ def of_all_heads(profile: Profile, heads: int, inner: int) -> Profile:
     return profile
 
 
-def as_they_lie(profile: Profile, order: torch.Tensor) -> Profile:
-    """The profile of the launch without an order: the same programs, tile after tile."""
-    lying = copy.copy(profile)
-    lying.counts = {}
-    for name, values in profile.counts.items():
-        by_tile = values.reshape(len(order), -1)
-        lying.counts[name] = by_tile[torch.argsort(order).numpy()].ravel()
-    return lying
+def in_order(profile: Profile, order: torch.Tensor) -> Profile:
+    """The profile of a launch whose tiles go in this order, of that of one whose tiles go as they lie."""
+    ordered = copy.copy(profile)
+    ordered.counts = {
+        name: values.reshape(len(order), -1)[order.numpy()].ravel() for name, values in profile.counts.items()
+    }
+    return ordered
 
 
-def profile_ours(
-    lengths: list[int], shape: Shape, arch: int, only: str | None = None
-) -> dict[str, tuple[Profile, Profile]]:
-    """The profiles of the launches of a step, forward, delta, dq, dkdv (or `only` one), ordered and as they lie."""
+def orders(lengths: list[int], shape: Shape, gpu: str) -> dict[str, torch.Tensor]:
+    """The order of the tiles of forward, dq and dkdv, by the name of the GPU."""
+    sms = ptx_bound.GPUS[gpu].sms
+    mask = PackedMask.causal(lengths=lengths)
+    heads = (shape.heads_q, shape.heads_k, shape.head_dim, shape.head_dim)
+    with emulated.launches(ARCHES[gpu], lambda *_: None), patch.object(launch, "multiprocessors", lambda device: sms):
+        plan = launch.plan(*heads, torch.bfloat16, mask.k_start.device)
+        order = launch.launch_order(*mask[:4], *heads, torch.bfloat16)
+    tiles = plan.tiles(sum(lengths), sum(lengths))
+    return dict(zip(("forward", "dq", "dkdv"), order.split(tiles), strict=True))
+
+
+def profile_ours(lengths: list[int], shape: Shape, arch: int, only: str | None = None) -> dict[str, Profile]:
+    """The profiles of the launches of a step, forward, delta, dq, dkdv (or `only` one), their tiles as they lie."""
     q, k, v, dout = _tensors(sum(lengths), shape)
     mask = PackedMask.causal(lengths=lengths)
-    profiles: dict[str, tuple[Profile, Profile]] = {}
+    profiles: dict[str, Profile] = {}
 
     def run(compiled: Any, grid: tuple[int, ...], names: list[str], values: list[Any]) -> None:
         kind = compiled.metadata.name.removeprefix("_").removesuffix("_kernel").removeprefix("bwd_")
@@ -90,20 +99,15 @@ def profile_ours(
         profile = Profile(kind)
         emulated.emulate(compiled, grid, names, values, profile=profile)
         inner = {"dkdv": plan.split(len(k)), "delta": profile.ctas}.get(kind, 1)
-        of_all_heads(profile, shape.heads_k, inner)
-        lying = profile if kind == "delta" else as_they_lie(profile, orders[kind])
-        profiles[kind] = profile, lying
+        profiles[kind] = of_all_heads(profile, shape.heads_k, inner)
 
     # As many programs as all key heads have decide about the split.
     with (
         emulated.launches(arch, run),
         patch.object(launch, "_ENOUGH_PROGRAMS", launch._ENOUGH_PROGRAMS / shape.heads_k),
     ):
-        heads = (q.shape[1], 1, shape.head_dim, shape.head_dim)
-        plan = launch.plan(*heads, q.dtype, q.device)
-        mask = mask._replace(order=launch.launch_order(*mask[:4], *heads, q.dtype))
-        assert mask.order is not None
-        orders = dict(zip(("forward", "dq", "dkdv"), mask.order.split(plan.tiles(len(q), len(q))), strict=True))
+        plan = launch.plan(q.shape[1], 1, shape.head_dim, shape.head_dim, q.dtype, q.device)
+        mask = mask._replace(order=torch.cat([torch.arange(n).int() for n in plan.tiles(len(q), len(q))]))
         rest = (None, None, None, None, shape.head_dim**-0.5, 0.0, 0.0)
         out, lse = launch.forward(q, k, v, *mask, *rest)
         launch.backward(dout, None, q, k, v, out, lse, *mask, *rest)
@@ -183,32 +187,38 @@ def figures(profile: Profile, gpu: ptx_bound.GPU) -> dict[str, Any]:
     }  # fmt: skip
 
 
-Key = tuple[str, str, int, str]  # set, shape, architecture, kernels
+Key = tuple[str, str, str, str]  # set, shape, GPU, kernels
 
 
 def _run(job: tuple[str, list[int], str, int, str]) -> dict[Key, dict[str, Profile]]:
     name, lengths, shape, arch, kind = job
+    gpus = [gpu for gpu, which in ARCHES.items() if which == arch]
     if kind == "plain":
-        return {(name, shape, arch, kind): profile_plain(lengths, SHAPES[shape], arch)}
+        found = profile_plain(lengths, SHAPES[shape], arch)
+        return {(name, shape, gpu, kind): found for gpu in gpus}
     found = profile_ours(lengths, SHAPES[shape], arch)
-    return {
-        (name, shape, arch, label): {kernel: both[i] for kernel, both in found.items()}
-        for i, label in enumerate(("ours", "as they lie"))
-    }
+    profiles = {(name, shape, gpu, "as they lie"): found for gpu in gpus}
+    for gpu in gpus:
+        chosen = orders(lengths, SHAPES[shape], gpu)
+        profiles[name, shape, gpu, "ours"] = {
+            kernel: in_order(profile, chosen[kernel]) if kernel in chosen else profile
+            for kernel, profile in found.items()
+        }
+    return profiles
 
 
 def report(profiles: dict[Key, dict[str, Profile]], tokens: int) -> list[dict[str, Any]]:
     """Print the table; its lines as a list."""
     lines = []
     for name, shape in dict.fromkeys((key[0], key[1]) for key in profiles):
-        for gpu, arch in ARCHES.items():
+        for gpu in ARCHES:
             print(f"\n{name}, {shape}, {gpu}: lower bounds from counts, not timings")
             print(
                 f"{'':24}{'us':>8} {'limit':10}{'idle':>6}{'tensor':>8}{'bank':>7}{'bytes':>7}{'tiles':>7}   us of each"
             )
             totals = {}
             for kind in ("ours", "as they lie", "plain"):
-                found = profiles.get((name, shape, arch, kind))
+                found = profiles.get((name, shape, gpu, kind))
                 if found is None:
                     continue
                 for kernel, profile in found.items():

@@ -110,10 +110,11 @@ def bounded(family: str, name: str, dim: int, tile: Tile) -> dict[str, float]:
             # Tiles are chosen for problems that are large enough not to be split.
             with timing.with_tile(name, tile), patch.object(launch, "_ENOUGH_PROGRAMS", 0):
                 lengths = packs.draw(set_name, _EMULATED_TOKENS, 512)
-                profile, _ = gpu_bound.profile_ours(lengths, shape, int(ARCHES[family]), name)[name]
-            for gpu, arch in gpu_bound.ARCHES.items():
-                if arch == ARCHES[family]:
-                    found[label] += gpu_bound.microseconds(profile, gpu)
+                arch = int(ARCHES[family])
+                lying = gpu_bound.profile_ours(lengths, shape, arch, name)[name]
+                for gpu in (gpu for gpu, which in gpu_bound.ARCHES.items() if which == arch):
+                    order = gpu_bound.orders(lengths, shape, gpu)[name]
+                    found[label] += gpu_bound.microseconds(gpu_bound.in_order(lying, order), gpu)
     return found
 
 

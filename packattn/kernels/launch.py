@@ -17,6 +17,8 @@ _DELTA_ROWS = 64
 # Four programs for each of 128 multiprocessors. With fewer, a GPU waits for the longest; beyond, passes over the shares
 # of dk and dv cost more than they save where sequences are short.
 _ENOUGH_PROGRAMS = 512
+# A thread of dK/dV takes nearly all of the 255 registers it can have: so many warps a multiprocessor holds at once.
+_RESIDENT_WARPS = 8
 # Rows of a tile, at most 128, are 32-bit offsets from its first.
 _STRIDE_LIMIT = 2**31 // 128
 
@@ -24,6 +26,14 @@ _STRIDE_LIMIT = 2**31 // 128
 def _blocks(rows: int, block: int) -> int:
     """Blocks that hold the rows: triton.cdiv, which takes microseconds on the host."""
     return -(-rows // block)
+
+
+def _split(programs: int, group: int) -> int:
+    """The least divisor of a group's query heads that makes enough programs; else all of them."""
+    for n in range(1, group):
+        if group % n == 0 and programs * n >= _ENOUGH_PROGRAMS:
+            return n
+    return group
 
 
 class Plan(NamedTuple):
@@ -49,9 +59,7 @@ class Plan(NamedTuple):
 
     def split(self, tokens_k: int) -> int:
         """Programs of a tile of dK/dV, each with as many of the query heads."""
-        programs = _blocks(max(tokens_k, 1), self.dkdv.block_n) * self.heads_k
-        whole = (n for n in range(1, self.group) if self.group % n == 0)
-        return next((n for n in whole if programs * n >= _ENOUGH_PROGRAMS), self.group)
+        return _split(_blocks(max(tokens_k, 1), self.dkdv.block_n) * self.heads_k, self.group)
 
 
 def plan(heads_q: int, heads_k: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, device: torch.device) -> Plan:
@@ -65,11 +73,39 @@ def _plan_of(q: Tensor, k: Tensor, v: Tensor) -> Plan:
     return plan(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, q.device)
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot trace the question for the kind of the GPU
-def _rows(
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; the interpreter runs one program after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot trace the questions for the kind of the GPU
+def _constants(
     heads_q: int, heads_k: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, device: torch.device
-) -> tuple[tuple[int, int], ...]:
-    return plan(heads_q, heads_k, head_dim, head_dim_v, dtype, device).rows
+) -> tuple[tuple[tuple[int, int], ...], int, int]:
+    """Plan.rows, warps of a program of dK/dV, multiprocessors."""
+    made = plan(heads_q, heads_k, head_dim, head_dim_v, dtype, device)
+    return made.rows, made.dkdv.num_warps, multiprocessors(device)
+
+
+def _dealt(work: Tensor, columns: int, rounds: int) -> Tensor:
+    """Places 0, 1, ... of `work` (big first), those of the first rounds dealt to columns of equal sums: int64, as long.
+
+    Programs that a GPU holds at once are dealt to its multiprocessors in turn, one round after another, and only later
+    ones go where there is room. So in each round the biggest goes to the column with the least so far, and the columns
+    that a last round does not reach stand last.
+    """
+    n, dealt_out = work.shape[0], columns * rounds
+    load = work.new_zeros(columns)
+    places = []
+    for i, shares in enumerate(torch.nn.functional.pad(work, (0, dealt_out))[:dealt_out].split(columns)):
+        rank = load.argsort(stable=True).argsort()
+        places.append(rank + i * columns)
+        load = load + shares[rank]
+    dealt = torch.stack(places)
+    missing = (dealt >= n).sum(0).argsort(stable=True)
+    order = torch.arange(n + dealt_out, device=work.device)
+    order[:dealt_out] = dealt[:, missing].flatten()
+    return order[:n]
 
 
 def launch_order(
@@ -78,16 +114,22 @@ def launch_order(
 ) -> Tensor:  # fmt: skip
     """Tiles of the three passes, big ones first, so that the last programs to run are short: int32, (tiles of all,).
 
-    Computed on the device, once for a mask; a launcher whose tile counts do not fit ignores it.
+    Those of dK/dV, of which a GPU holds the most at once, are dealt evenly to its multiprocessors besides. Computed on
+    the device, once for a mask; a launcher whose tile counts do not fit ignores it.
     """
-    tiles = _rows(heads_q, heads_k, head_dim, head_dim_v, dtype, k_start.device)
+    tiles, warps, count = _constants(heads_q, heads_k, head_dim, head_dim_v, dtype, k_start.device)
     spans = ((k_start, k_end), (k_start, k_end), (q_start, q_end))
-    orders = []
+    orders, works = [], []
     for (start, end), (rows, each) in zip(spans, tiles, strict=True):
         first = torch.arange(0, start.shape[0] * each, rows, device=start.device)
         last = ((first + rows - 1) // each).clamp(max=start.shape[0] - 1)
-        orders.append(torch.argsort(end[last] - start[first // each], descending=True, stable=True).int())
-    return torch.cat(orders)
+        work, order = torch.sort(end[last] - start[first // each], descending=True, stable=True)
+        orders.append(order)
+        works.append(work)
+    programs = orders[2].shape[0] * heads_k
+    columns = max(1, count // (heads_k * _split(programs, heads_q // heads_k)))
+    orders[2] = orders[2][_dealt(works[2], columns, max(1, _RESIDENT_WARPS // warps))]
+    return torch.cat(orders).int()
 
 
 def _order_of(order: Tensor | None, plan: Plan, tokens: int, tokens_k: int) -> tuple[Tensor | None, ...]:
