@@ -25,11 +25,11 @@ def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
 def schedule(
     mask: PackedMask, *, heads_q: int, heads_k: int, head_dim: int, head_dim_v: int | None = None, dtype: torch.dtype
 ) -> PackedMask:
-    """The mask with the order in which GPU kernels launch their tiles, those with the most keys first.
+    """The mask with the order in which GPU kernels launch their tiles, big ones first.
 
-    Hardware starts programs in order, so that the last to run are then short. Made on the device, once for a mask that
-    many layers of one shape share; results are the same with and without it. Other backends need none: the mask comes
-    back as it is.
+    Hardware starts programs in order, so that the last to run are then short; tiles of dK/dV that start at once are
+    dealt evenly to the multiprocessors. Made on the device, once for a mask that many layers of one shape share;
+    results are the same with and without it. Other backends need none: the mask comes back as it is.
     """
     if default_backend(mask.k_start.device, dtype) != "triton":
         return mask

@@ -44,8 +44,9 @@ def modules_around(models: Collection[nn.Module], kind: Callable[[Any], Any]) ->
         found = (o for o in gc.get_objects() if issubclass(type(o), nn.Module) and o not in models and kind(o))
         return [o for o in found if any(inner in models for inner in o.modules())]
 
-    if around():
-        gc.collect()  # what nobody holds any more
+    if not around():
+        return []
+    gc.collect()  # what nobody holds any more
     return around()
 
 
