@@ -94,15 +94,18 @@ def _dealt(work: Tensor, columns: int, rounds: int) -> Tensor:
     ones go where there is room. So in each round the biggest goes to the column with the least so far, and the columns
     that a last round does not reach stand last.
     """
-    n, first = work.shape[0], columns * rounds
-    order = torch.arange(n + first, device=work.device)
-    load, dealt = work.new_zeros(columns), order[:0].view(0, columns)
-    shares = torch.nn.functional.pad(work, (0, first))[:first].view(rounds, columns)
-    for share, places in zip(shares, order[:first].view(rounds, 1, columns), strict=True):
-        load, by_load = load.sort(stable=True)
-        load, dealt = load + share, torch.cat([dealt[:, by_load], places])
+    n, dealt_out = work.shape[0], columns * rounds
+    load = work.new_zeros(columns)
+    places = []
+    for i, shares in enumerate(torch.nn.functional.pad(work, (0, dealt_out))[:dealt_out].split(columns)):
+        rank = load.argsort(stable=True).argsort()
+        places.append(rank + i * columns)
+        load = load + shares[rank]
+    dealt = torch.stack(places)
     missing = (dealt >= n).sum(0).argsort(stable=True)
-    return torch.cat([dealt[:, missing].flatten(), order[first:]])[:n]
+    order = torch.arange(n + dealt_out, device=work.device)
+    order[:dealt_out] = dealt[:, missing].flatten()
+    return order[:n]
 
 
 def launch_order(
