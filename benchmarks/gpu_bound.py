@@ -107,10 +107,10 @@ def profile_ours(lengths: list[int], shape: Shape, arch: int, only: str | None =
         patch.object(launch, "_ENOUGH_PROGRAMS", launch._ENOUGH_PROGRAMS / shape.heads_k),
     ):
         plan = launch.plan(q.shape[1], 1, shape.head_dim, shape.head_dim, q.dtype, q.device)
-        mask = mask._replace(order=torch.cat([torch.arange(n).int() for n in plan.tiles(len(q), len(q))]))
-        rest = (None, None, None, None, shape.head_dim**-0.5, 0.0, 0.0)
-        out, lse = launch.forward(q, k, v, *mask, *rest)
-        launch.backward(dout, None, q, k, v, out, lse, *mask, *rest)
+        lying = torch.cat([torch.arange(n).int() for n in plan.tiles(len(q), len(q))])
+        rest = (lying, None, None, None, None, shape.head_dim**-0.5, 0.0, 0.0)
+        out, lse = launch.forward(q, k, v, *mask[:4], *rest)
+        launch.backward(dout, None, q, k, v, out, lse, *mask[:4], *rest)
     return profiles
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from packattn import ops
-from packattn.mask import PackedMask
+from packattn.mask import LaunchOrder, PackedMask
 from packattn.schemas import BACKENDS
 
 Backend = Literal["triton", "cpu", "torch"]
@@ -28,14 +28,24 @@ def schedule(
     """The mask with the order in which GPU kernels launch their tiles, big ones first.
 
     Hardware starts programs in order, so that the last to run are then short; tiles of dK/dV that start at once are
-    dealt evenly to the multiprocessors. Made on the device, once for a mask that many layers of one shape share;
-    results are the same with and without it. Other backends need none: the mask comes back as it is.
+    dealt evenly to the multiprocessors. Made on the device, once for a mask that many layers of one shape share; layers
+    of another shape or dtype run without. Results are the same with and without it. Other backends need none: the mask
+    comes back as it is.
     """
     if default_backend(mask.k_start.device, dtype) != "triton":
         return mask
     from packattn.kernels.launch import launch_order
 
-    return mask._replace(order=launch_order(*mask[:4], heads_q, heads_k, head_dim, head_dim_v or head_dim, dtype))
+    dim_v = head_dim_v or head_dim
+    tiles = launch_order(*mask[:4], heads_q, heads_k, head_dim, dim_v, dtype)
+    return mask._replace(order=LaunchOrder(tiles, heads_q // heads_k, max(head_dim, dim_v), dtype))
+
+
+def _tiles_in_order(order: LaunchOrder | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """The tiles of an order that is of this problem: in that of another shape some are missing."""
+    if order is None or order[1:] != (q.shape[1] // k.shape[1], max(q.shape[2], v.shape[2]), q.dtype):
+        return None
+    return order.tiles
 
 
 class PackedAttention(torch.autograd.Function):
@@ -158,7 +168,8 @@ def packed_attention_with_lse(
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     q, k, v = (_last_dim_contiguous(x) for x in (q, k, v))
     options = (scale, float(softcap), float(dropout_p), backend)
-    out, lse = PackedAttention.apply(q, k, v, *mask, sinks, slopes, anchors, seed, *options)
+    order = _tiles_in_order(mask.order, q, k, v)
+    out, lse = PackedAttention.apply(q, k, v, *mask[:4], order, sinks, slopes, anchors, seed, *options)
     return out, lse
 
 

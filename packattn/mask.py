@@ -15,6 +15,22 @@ if TYPE_CHECKING:
 _LARGEST_DENSE = 16_384
 
 
+class LaunchOrder(NamedTuple):
+    """The order in which GPU kernels launch their tiles, and whose tiles they are: those of another shape differ.
+
+    Attributes:
+        tiles: int32, those of the forward pass, dQ and dK/dV, end to end.
+        group: query heads of a key head.
+        head_dim: the larger of those of q and v.
+        dtype: of q.
+    """
+
+    tiles: Tensor
+    group: int
+    head_dim: int
+    dtype: torch.dtype
+
+
 class PackedMask(NamedTuple):
     """Query i sees the keys `k_start[i] <= j < k_end[i]`; both ends never decrease along the stream.
 
@@ -25,14 +41,14 @@ class PackedMask(NamedTuple):
     Attributes:
         k_start, k_end: int32 (tokens,), contiguous.
         q_start, q_end: int32 (tokens_k,), contiguous.
-        order: int32, the order in which GPU kernels launch their tiles (packattn.schedule); None: as they lie.
+        order: the order in which GPU kernels launch their tiles (packattn.schedule); None: as they lie.
     """
 
     k_start: Tensor
     k_end: Tensor
     q_start: Tensor
     q_end: Tensor
-    order: Tensor | None = None
+    order: LaunchOrder | None = None
 
     @classmethod
     def causal(

@@ -117,7 +117,7 @@ class Case:
             k_start, k_end = (torch.tensor(s, dtype=torch.int32, device=device) for s in self.spans[:2])
             return PackedMask.from_spans(k_start, k_end, self.spans[2])
         mask = _MASKS[self.mask](Boundaries.from_lengths(self.lengths), self.window)
-        return PackedMask(*(x.to(device) for x in mask[:4]))
+        return PackedMask._make((*(x.to(device) for x in mask[:4]), None))
 
     def tensors(self, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
         """q, k, v, sinks, dout, dlse, made in float32, rounded to dtype once."""

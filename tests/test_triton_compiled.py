@@ -169,16 +169,17 @@ def inputs(tokens, aligned, heads_q=3, heads_k=1, dim=64, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_launch_compiles_for_every_target(target):
+def test_every_launch_compiles_for_every_target(target, monkeypatch):
+    monkeypatch.setattr(attention, "default_backend", lambda device, dtype: "triton")
     found = []
     with launches(target, lambda compiled, *_: found.append(compiled)):
         for aligned in (True, False):
             for tokens in (1, 16_384, 16_385):
                 q, k, v = inputs(tokens, aligned)
                 mask = PackedMask.causal(lengths=[tokens])
-                order = launch.launch_order(*mask[:4], 3, 1, 64, 64, q.dtype)
+                mask = packattn.schedule(mask, heads_q=3, heads_k=1, head_dim=64, dtype=q.dtype)
                 sinks = torch.zeros(3, requires_grad=True)
-                out = packattn.packed_attention(q, k, v, mask._replace(order=order), sinks=sinks, backend="triton")
+                out = packattn.packed_attention(q, k, v, mask, sinks=sinks, backend="triton")
                 torch.autograd.grad(out.sum(), (q, k, v, sinks))
     assert len(found) == 6 * 4
     for kernel in found:
@@ -204,25 +205,39 @@ class Context:
         pass
 
 
-def test_the_order_of_the_tiles_is_by_work_and_changes_no_bit(emulator):
+def test_the_order_of_the_tiles_is_by_work_and_changes_no_bit(emulator, monkeypatch):
+    monkeypatch.setattr(attention, "default_backend", lambda device, dtype: "triton")
     lengths = [10, 200, 3, 60]
     mask = PackedMask.causal(lengths=lengths)
-    order = launch.launch_order(*mask[:4], 2, 1, 16, 16, torch.bfloat16)
+    ordered = packattn.schedule(mask, heads_q=2, heads_k=1, head_dim=16, dtype=torch.bfloat16)
+    order = ordered.order.tiles
     plan = launch.plan(2, 1, 16, 16, torch.bfloat16, torch.device("cpu"))
     spans = (mask[:2], mask[:2], mask[2:4])
     for tiles, (rows, each), (start, end) in zip(order.split(plan.tiles(273, 273)), plan.rows, spans, strict=True):
         assert sorted(tiles.tolist()) == list(range(-(-273 * each // rows)))
         work = [int(end[min((t * rows + rows - 1) // each, 272)] - start[t * rows // each]) for t in tiles.tolist()]
         assert work == sorted(work, reverse=True)
-    case = Case("", lengths)
+    assert_no_bit_changes(Case("", lengths), mask, ordered)
+
+
+def test_an_order_of_another_shape_is_left_alone(emulator, monkeypatch):
+    # As many tiles in all, (1, 1, 4) and (2, 2, 2): each pass would take tiles of another.
+    monkeypatch.setattr(attention, "default_backend", lambda device, dtype: "triton")
+    mask = PackedMask.causal(lengths=[100, 28])
+    other = packattn.schedule(mask, heads_q=1, heads_k=1, head_dim=96, dtype=torch.bfloat16)
+    assert len(other.order.tiles) == sum(launch.plan(1, 1, 32, 32, torch.bfloat16, torch.device("cpu")).tiles(128, 128))
+    assert_no_bit_changes(Case("", [100, 28], heads_q=1, heads_k=1, head_dim=32), mask, other)
+
+
+def assert_no_bit_changes(case, *masks):
     q, k, v, *_ = case.tensors(torch.bfloat16, "cpu")
     results = []
-    for chosen in (mask, mask._replace(order=order), mask._replace(order=order[1:])):
+    for mask in masks:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = packattn.packed_attention(*leaves, chosen, backend="triton")
+        out = packattn.packed_attention(*leaves, mask, backend="triton")
         results.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)])
-    for ordered in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], ordered, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("lengths", [[3775, 89, 1262, 444, 2140, 482], [400, 90] * 8, [64] * 9, [1]])
@@ -258,7 +273,7 @@ def test_a_compiler_traces_the_order_into_its_one_graph(monkeypatch, dynamic):
 
     def order(position_ids):
         mask = PackedMask.causal(packattn.boundaries(position_ids))
-        return packattn.schedule(mask, heads_q=6, heads_k=2, head_dim=64, dtype=torch.bfloat16).order
+        return packattn.schedule(mask, heads_q=6, heads_k=2, head_dim=64, dtype=torch.bfloat16).order.tiles
 
     compiled = torch.compile(order, fullgraph=True, backend=count, dynamic=dynamic)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 12)

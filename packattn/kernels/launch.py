@@ -115,7 +115,7 @@ def launch_order(
     """Tiles of the three passes, big ones first, so that the last programs to run are short: int32, (tiles of all,).
 
     Those of dK/dV, of which a GPU holds the most at once, are dealt evenly to its multiprocessors besides. Computed on
-    the device, once for a mask; a launcher whose tile counts do not fit ignores it.
+    the device, once for a mask; of use to this group of heads, larger head dim and dtype only.
     """
     tiles, warps, count = _constants(heads_q, heads_k, head_dim, head_dim_v, dtype, k_start.device)
     spans = ((k_start, k_end), (k_start, k_end), (q_start, q_end))
