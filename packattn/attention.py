@@ -1,5 +1,6 @@
 """packed_attention: argument checks, the choice of backend, and the autograd Function over the operators."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -197,8 +198,8 @@ def _check(
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}.")
     tokens, heads_q, head_dim = q.shape
     tokens_k, heads_k, _ = k.shape
-    if head_dim == 0 or v.shape[2] == 0:
-        raise ValueError(f"head_dim must be at least 1, got q {tuple(q.shape)} and v {tuple(v.shape)}.")
+    if 0 in (heads_q, head_dim, v.shape[2]):
+        raise ValueError(f"heads and head_dim must be at least 1, got q {tuple(q.shape)} and v {tuple(v.shape)}.")
     if k.shape[2] != head_dim or heads_k == 0 or heads_q % heads_k:
         raise ValueError(
             f"k must have shape (tokens_k, heads_k, head_dim={head_dim}) with heads_k dividing heads_q={heads_q}, got "
@@ -217,9 +218,9 @@ def _check(
         raise ValueError(f"mask must be of {tokens} queries and {tokens_k} keys, as q and k, got {queries} and {keys}.")
     if mask.k_start.device != q.device:
         raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.k_start.device}.")
-    if softmax_scale is not None and not softmax_scale > 0:
+    if softmax_scale is not None and not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale must be positive, or None for head_dim ** -0.5, got {softmax_scale}.")
-    if softcap < 0:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}.")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}.")
@@ -229,12 +230,13 @@ def _check(
         or sinks.shape != (heads_q,)
         or sinks.device != q.device
     ):
-        what = (
-            f"{sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
-            if isinstance(sinks, Tensor)
-            else type(sinks).__name__
-        )
-        raise ValueError(f"sinks must be a floating-point tensor of shape ({heads_q},) on {q.device}, got {what}.")
+        got = described(sinks)
+        raise ValueError(f"sinks must be a floating-point tensor of shape ({heads_q},) on {q.device}, got {got}.")
+
+
+def described(x: object) -> str:
+    """What came in the place of a tensor that was wanted, for an error."""
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _bias(q: Tensor, alibi_slopes: Tensor | None, alibi_anchors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -244,21 +246,28 @@ def _bias(q: Tensor, alibi_slopes: Tensor | None, alibi_anchors: Tensor | None) 
         if alibi_anchors is not None:
             raise ValueError("alibi_anchors must come with alibi_slopes, got alibi_slopes=None.")
         return None, None
+    if (
+        not isinstance(alibi_slopes, Tensor)
+        or alibi_slopes.shape not in ((heads,), (heads, tokens))
+        or alibi_slopes.device != q.device
+    ):
+        raise ValueError(
+            f"alibi_slopes must be a tensor of shape ({heads},) or ({heads}, {tokens}) on {q.device}, got "
+            f"{described(alibi_slopes)}."
+        )
     if alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes must not require a gradient, which packed_attention does not give; detach it.")
-    if alibi_slopes.shape not in ((heads,), (heads, tokens)) or alibi_slopes.device != q.device:
-        raise ValueError(
-            f"alibi_slopes must have shape ({heads},) or ({heads}, {tokens}) on {q.device}, got "
-            f"{tuple(alibi_slopes.shape)} on {alibi_slopes.device}."
-        )
     slopes = alibi_slopes.to(ops.lse_dtype(q)).reshape(heads, -1).expand(heads, tokens)
     if alibi_anchors is None:
         return slopes, torch.arange(tokens, dtype=torch.int32, device=q.device)
-    if alibi_anchors.shape != (tokens,) or alibi_anchors.dtype != torch.int32 or alibi_anchors.device != q.device:
-        raise ValueError(
-            f"alibi_anchors must be int32 of shape ({tokens},) on {q.device}, got {alibi_anchors.dtype} "
-            f"{tuple(alibi_anchors.shape)} on {alibi_anchors.device}."
-        )
+    if (
+        not isinstance(alibi_anchors, Tensor)
+        or alibi_anchors.shape != (tokens,)
+        or alibi_anchors.dtype != torch.int32
+        or alibi_anchors.device != q.device
+    ):
+        got = described(alibi_anchors)
+        raise ValueError(f"alibi_anchors must be int32 of shape ({tokens},) on {q.device}, got {got}.")
     return slopes, alibi_anchors.contiguous()
 
 

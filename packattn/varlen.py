@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from packattn.attention import packed_attention_with_lse
+from packattn.attention import described, packed_attention_with_lse
 from packattn.mask import PackedMask
 
 
@@ -54,11 +54,13 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise NotImplementedError("block_table (paged keys and values) is not supported; give contiguous k and v.")
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"{name} must be an integer tensor of shape (batch + 1,), got {cu_seqlens.dtype} "
-                f"{tuple(cu_seqlens.shape)}."
-            )
+        if (
+            not isinstance(cu_seqlens, Tensor)
+            or cu_seqlens.ndim != 1
+            or cu_seqlens.numel() < 1
+            or cu_seqlens.dtype not in (torch.int32, torch.int64)
+        ):
+            raise ValueError(f"{name} must be an integer tensor of shape (batch + 1,), got {described(cu_seqlens)}.")
         if cu_seqlens.shape != cu_seqlens_q.shape or cu_seqlens.device != q.device:
             raise ValueError(
                 f"{name} must have shape {tuple(cu_seqlens_q.shape)} on {q.device}, got {tuple(cu_seqlens.shape)} on "

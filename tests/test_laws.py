@@ -1,5 +1,6 @@
 """The laws of docs/design.md, each on every backend it concerns."""
 
+import math
 import threading
 
 import pytest
@@ -239,9 +240,19 @@ BAD = [
     ({"v": torch.zeros(6, 2, 16, device="meta")}, ValueError, "v must be on the device of q, cpu, got meta"),
     ({"mask": torch.ones(6, 6)}, TypeError, "mask must be a packattn.PackedMask, got Tensor; make one with"),
     ({"mask": PackedMask.causal(lengths=[4])}, ValueError, "mask must be of 6 queries and 6 keys"),
+    ({"q": torch.zeros(6, 0, 16)}, ValueError, r"heads and head_dim must be at least 1, got q \(6, 0, 16\)"),
+    ({"softmax_scale": 0.0}, ValueError, "softmax_scale must be positive, or None for .*, got 0.0"),
+    ({"softmax_scale": math.inf}, ValueError, "softmax_scale must be positive, or None for .*, got inf"),
     ({"softcap": -1.0}, ValueError, "softcap must be positive, or 0 for none, got -1.0"),
+    ({"softcap": math.nan}, ValueError, "softcap must be positive, or 0 for none, got nan"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, got 1.0"),
     ({"sinks": torch.zeros(2)}, ValueError, r"sinks must be a floating-point tensor of shape \(4,\) on cpu"),
+    (
+        {"alibi_slopes": [0.5] * 4},
+        ValueError,
+        r"alibi_slopes must be a tensor of shape \(4,\) or \(4, 6\) on cpu, got list",
+    ),
+    ({"alibi_slopes": torch.ones(4), "alibi_anchors": [0] * 6}, ValueError, "alibi_anchors must be int32 .*, got list"),
     ({"backend": "cuda"}, ValueError, "backend must be None or one of triton, cpu, torch, got 'cuda'"),
 ]
 

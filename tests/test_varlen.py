@@ -117,6 +117,8 @@ def test_what_is_not_honoured_raises():
         flash_attn_varlen_func(q, k, v, cu_q, cu_k[:-1])
     with pytest.raises(ValueError, match="cu_seqlens_q must be an integer tensor"):
         flash_attn_varlen_func(q, k, v, cu_q.float(), cu_k)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be an integer tensor .*, got list"):
+        flash_attn_varlen_func(q, k, v, cu_q, cu_k.tolist())
     with pytest.raises(ValueError, match="window_size"):
         flash_attn_varlen_func(q, k, v, cu_q, cu_k, window_size=(-2, 0))
     with pytest.raises(ValueError, match="alibi_slopes"):
