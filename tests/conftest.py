@@ -46,11 +46,15 @@ def dtypes(backend, device):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch, request):
+def poisoned_backends(request):
+    """Poisoned memory for all tests of backends."""
+    if "backend" in request.fixturenames:
+        request.getfixturevalue("poisoned_memory")
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
     """Memory that is not written reads as NaN, so that an output tile left out cannot pass."""
-    if "backend" not in request.fixturenames:
-        yield
-        return
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

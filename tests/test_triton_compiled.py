@@ -24,6 +24,9 @@ def emulating(arch):
     return launches(arch, partial(emulate, check_races=True, check_conflicts=True))
 
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
 @pytest.fixture
 def emulator():
     with emulating(80):
