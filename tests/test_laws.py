@@ -202,7 +202,7 @@ def test_law_7_offsets_pass_two_to_the_31_elements(backend, device, tmp_path):
         assert torch.equal(value, found[name]), name
 
 
-def test_law_7_a_token_stride_that_would_wrap_is_refused(monkeypatch):
+def test_law_7_what_32_bit_offsets_do_not_reach_is_refused(monkeypatch):
     from packattn.kernels import launch
 
     monkeypatch.setattr(launch, "isinstance", lambda *_: False, raising=False)  # as in the interpreter
@@ -210,6 +210,10 @@ def test_law_7_a_token_stride_that_would_wrap_is_refused(monkeypatch):
     launch._check(near, near, near)
     with pytest.raises(NotImplementedError, match="token stride of 16777216 elements"):
         launch._check(near, far, near)
+    many, few = (torch.empty(1, dtype=torch.float16).expand(2**24, heads, 16) for heads in (128, 1))
+    launch._check(many[:, :64], few, few)
+    with pytest.raises(NotImplementedError, match="2147483648 pairs of a token and a head"):
+        launch._check(many, few, few)
 
 
 def test_law_8_a_named_backend_never_falls_back(monkeypatch):

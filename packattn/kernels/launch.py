@@ -152,6 +152,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> None:
         )
     if max(q.shape[2], v.shape[2]) > LARGEST_HEAD_DIM:
         reasons.append(f"head dim {max(q.shape[2], v.shape[2])} > {LARGEST_HEAD_DIM}")
+    rows = q.shape[0] * q.shape[1] // k.shape[1]
+    if rows > 2**31 - 256:
+        reasons.append(f"{rows} pairs of a token and a head of its group, which 32-bit numbers do not count")
     stride = max(x.stride(0) for x in (q, k, v, *others))
     if stride >= _STRIDE_LIMIT:
         reasons.append(f"a token stride of {stride} elements, of which a tile would need 64-bit offsets; copy the view")
