@@ -196,6 +196,7 @@ CASES = [
     Case("values at 1e4", [50, 70], magnitude_v=1e4),
     Case("strided views", [50, 70], heads_q=4, heads_k=2, strided=True),
     Case("empty spans", [], spans=([0, 0, 0, 2, 2, 5, 9], [0, 2, 2, 2, 7, 7, 9], 9)),
+    Case("empty spans after whole blocks", [], spans=([0] * 48 + [64] * 16, [64] * 64, 64)),
     Case("empty spans with sinks", [], spans=([0, 0, 4], [0, 2, 4], 9), sinks=True),
 ]
 
