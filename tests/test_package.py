@@ -4,8 +4,10 @@ import ast
 import doctest
 import importlib
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,16 @@ def test_the_compiled_module_registers_the_schemas_of_the_package():
         registered = getattr(torch.ops.packattn, name).default._schema
         wanted = torch._C.parse_schema(f"packattn::{name}{schema}")
         assert str(registered) == str(wanted)
+
+
+def test_a_source_distribution_holds_what_builds_and_tests_it(tmp_path):
+    copy = tmp_path / "packattn"
+    made = shutil.ignore_patterns(".*", "build", "out", "*.egg-info", "__pycache__", "*.so")
+    shutil.copytree(REPOSITORY, copy, ignore=made)
+    wanted = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=copy, capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert not wanted - held
+    assert not [name for name in held if name.endswith((".so", ".pyc"))]
