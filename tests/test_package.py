@@ -95,6 +95,13 @@ def test_every_public_name_is_there_documented_and_in_the_readme():
         assert name in readme, f"README.md does not name {name}"
 
 
+def test_type_checkers_see_every_public_name():
+    """Also those that are loaded at first use, which are nothing but objects to them otherwise."""
+    tree = ast.parse(Path(packattn.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(packattn.__all__) <= imported
+
+
 def test_docstring_examples_hold():
     names = ["boundaries", "mask", "data.collator", "data.packing", "data.sampler"]
     for name in names:
