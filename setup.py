@@ -74,7 +74,7 @@ def extensions() -> list:
     # Relative, as setuptools wants them.
     attention = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/attention_cpu*.cpp"))
     cpu = ["csrc/bindings.cpp", "csrc/boundaries.cpp", "csrc/packing.cpp", *attention]
-    headers = [str(path) for path in sorted(ROOT.glob("csrc/*.h")) + sorted(ROOT.glob("csrc/*.cuh"))]
+    headers = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*.h")) + sorted(ROOT.glob("csrc/*.cuh"))]
     found = [CppExtension("packattn._C", cpu, extra_compile_args=[*FLAGS, "-Wall"], depends=headers, **options)]
     nvcc = nvcc_flags()
     if nvcc is not None:

@@ -2,12 +2,19 @@
 
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING
+
 from packattn.attention import PackedAttention, packed_attention, packed_attention_with_lse, schedule
 from packattn.boundaries import Boundaries, boundaries, cu_seqlens_from_position_ids
 from packattn.errors import UnsupportedMaskError, UnsupportedModelError
 from packattn.losses import count_over_ranks, mean_over_sequences, mean_over_tokens, pool, token_losses
 from packattn.mask import PackedMask
 from packattn.varlen import flash_attn_varlen_func
+
+if TYPE_CHECKING:
+    from packattn.data import BalancedPackingSampler, PackingCollator, pack, pack_dataset, packing_report
+    from packattn.hf.patch import Patch, patch
+    from packattn.hf.verify import verify
 
 # Loaded at first use, so that importing packattn imports neither transformers nor triton.
 _DATA = ("BalancedPackingSampler", "PackingCollator", "pack", "pack_dataset", "packing_report")

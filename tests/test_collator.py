@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import LENGTHS, alone, make, packed_row, spans
+from tiny_models import LENGTHS, SMALL, alone, make, packed_row, spans
 
 import packattn
 from packattn import PackingCollator
@@ -66,7 +66,17 @@ BAD = [
     ([{"input_ids": [1.5, 2.0]}], TypeError, "field 'input_ids' must hold integers, got torch.float32"),
     ([{"input_ids": [[1, 2]]}], ValueError, r"must have shape \(tokens,\), got \(1, 2\)"),
     ([{"input_ids": [1, 2], "labels": [1]}], ValueError, "'labels' must hold one value for each of the 2 input_ids"),
-    ([{"input_ids": [1, 2], "labels": 3}], ValueError, "'labels' must hold one value per token, got the single value"),
+    (
+        [{"input_ids": [1, 2], "labels": 3}, {"input_ids": [1, 2], "labels": [3, 4]}],
+        ValueError,
+        "example 0, field 'labels' must hold one value per token, got the single value 3",
+    ),
+    (
+        [{"input_ids": [1, 2], "weight": 0.5}],
+        ValueError,
+        "'weight' must hold one value per token, got the single value",
+    ),
+    ({"input_ids": [[1, 2], [3]]}, TypeError, "must be a sequence of mappings, .* got one dict of columns"),
     ([{"input_ids": [1, 2], "text": "a story"}], TypeError, "field 'text' must hold one number per token, got str"),
     ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], ValueError, "marks 1 of 2 tokens as padding"),
     ([{"input_ids": [1, 2], "seq_idx": [0, 1]}], ValueError, "has seq_idx, which packing decides"),
@@ -99,6 +109,53 @@ def test_law_10_what_cannot_be_packed_is_named(examples, error, message):
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         PackingCollator(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "wanted"),
+    [
+        ("label", [1, 0], torch.tensor([1, 0])),
+        ("labels", torch.tensor([1, 0], dtype=torch.int32), torch.tensor([1, 0])),
+        ("label", [0.5, 2.0], torch.tensor([0.5, 2.0])),
+    ],
+)
+def test_one_label_for_each_example(name, given, wanted):
+    examples = [example | {name: value} for example, value in zip(EXAMPLES, given, strict=True)]
+    batch = PackingCollator(pad_to=8)(examples)
+    assert set(batch) == {"input_ids", "labels", "position_ids", "attention_mask"}
+    assert torch.equal(batch["labels"], wanted)
+    assert batch["labels"].dtype == wanted.dtype
+    for kind in (examples, dict(enumerate(examples)).values()):  # rows, or a stream of them, would drop the labels
+        with pytest.raises(ValueError, match="one label each cannot be packed beforehand"):
+            next(iter(packattn.pack_dataset(kind, 8)))
+
+
+def test_trainer_of_a_classifier_takes_it_and_learns_what_padded_rows_teach(tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+
+    examples = [{"input_ids": list(range(3, 3 + n)), "label": n % 2} for n in (7, 19, 1, 13)]
+
+    def padded(batch):
+        rows = torch.zeros(len(batch), 19, dtype=torch.long)
+        for row, example in zip(rows, batch, strict=True):
+            row[: len(example["input_ids"])] = torch.tensor(example["input_ids"])
+        labels = torch.tensor([example["label"] for example in batch])
+        return {"input_ids": rows, "attention_mask": (rows != 0).long(), "labels": labels}
+
+    weights = []
+    for collate in (padded, PackingCollator()):
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(LlamaConfig(**SMALL))
+        arguments = TrainingArguments(
+            tmp_path, per_device_train_batch_size=2, max_steps=2, report_to=[], learning_rate=1e-3, use_cpu=True,
+            disable_tqdm=True, save_strategy="no", optim="sgd",
+        )  # fmt: skip
+        if collate is not padded:
+            packattn.patch(model)
+        Trainer(model, arguments, data_collator=collate, train_dataset=examples).train()
+        weights.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
 
 
 @pytest.mark.parametrize("auto", ["AutoModelForTokenClassification", "AutoModelForMaskedLM"])

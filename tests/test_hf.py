@@ -281,6 +281,8 @@ BAD = [
     ({"attention_mask": IDS[:, :4]}, ValueError, r"attention_mask must have shape .* got \(2, 4\)"),
     ({"attention_mask": IDS.float()}, TypeError, "attention_mask must be an integer tensor"),
     ({"attention_mask": torch.ones(2, 1, 6, 6).bool()}, ValueError, "is dense, but a patched model makes its mask"),
+    ({"attention_mask": torch.zeros(2, 1, 6, 6)}, ValueError, "is dense, but a patched model makes its mask"),
+    ({"posiiton_ids": IDS}, NotImplementedError, "passes posiiton_ids .* If it came with the call, leave it out"),
     (
         {"attention_mask": torch.ones(2, 2, 6, dtype=torch.int32)},
         ValueError,

@@ -4,8 +4,10 @@ import ast
 import doctest
 import importlib
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,13 @@ def test_every_public_name_is_there_documented_and_in_the_readme():
         assert name in readme, f"README.md does not name {name}"
 
 
+def test_type_checkers_see_every_public_name():
+    """Also those that are loaded at first use, which are nothing but objects to them otherwise."""
+    tree = ast.parse(Path(packattn.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(packattn.__all__) <= imported
+
+
 def test_docstring_examples_hold():
     names = ["boundaries", "mask", "data.collator", "data.packing", "data.sampler"]
     for name in names:
@@ -107,3 +116,16 @@ def test_the_compiled_module_registers_the_schemas_of_the_package():
         registered = getattr(torch.ops.packattn, name).default._schema
         wanted = torch._C.parse_schema(f"packattn::{name}{schema}")
         assert str(registered) == str(wanted)
+
+
+def test_a_source_distribution_holds_what_builds_and_tests_it(tmp_path):
+    copy = tmp_path / "packattn"
+    made = shutil.ignore_patterns(".*", "build", "out", "*.egg-info", "__pycache__", "*.so")
+    shutil.copytree(REPOSITORY, copy, ignore=made)
+    wanted = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=copy, capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert not wanted - held
+    assert not [name for name in held if name.endswith((".so", ".pyc"))]

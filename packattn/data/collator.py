@@ -20,7 +20,8 @@ class PackingCollator:
     `packattn.patch(model)`. The first label of each example is ignored, since the last token of the example before
     would have to predict it; so the labels that are not -100 are exactly the tokens predicted, and a mean over them is
     the mean over the examples run alone, weighted by their tokens. Models that do not shift their labels (masked
-    language models, token classification) learn from the first token too: `keep_first_labels`.
+    language models, token classification) learn from the first token too: `keep_first_labels`. Models with one result
+    per sequence (sequence classification) take examples with one `label` each.
 
     Rows of one static size (for compiled graphs, or kernels that are tuned by shape) come from `pad_to` or
     `pad_to_multiple_of`: the row ends in one dead segment, whose tokens have an attention_mask of 0, the first
@@ -72,6 +73,7 @@ class PackingCollator:
                 lists of such mappings (the bins of a plan), which are taken one after another.
                 input_ids: integers, at least one.
                 labels: integers, optional; without them the labels are the input_ids, as for causal language models.
+                    Or one number for the example, by the name of `label` too.
                 position_ids: integers, optional: the example is itself a packed row, whose positions say where its
                     sequences begin.
                 attention_mask: optional, all ones; it is checked and dropped.
@@ -79,13 +81,20 @@ class PackingCollator:
 
         Returns:
             input_ids, labels and position_ids, int64, then the other fields, all of shape (1, total tokens); with
-            padding also attention_mask, int64; then what the arguments ask for.
+            padding also attention_mask, int64; then what the arguments ask for. Labels of whole examples are
+            (examples,), int64 or floating as they came.
 
         Raises:
-            TypeError: an example is not a mapping, or a field holds something other than numbers of the right kind.
+            TypeError: examples are not a sequence of mappings, or a field holds something other than numbers of the
+                right kind.
             ValueError: there are no examples, or an example is empty, has padding, or has fields that do not fit; they
                 do not fit into `pad_to`.
         """
+        if isinstance(examples, Mapping):
+            raise TypeError(
+                f"examples must be a sequence of mappings, one for each example, got one {type(examples).__name__} of "
+                "columns; give [{'input_ids': ids} for ids in columns['input_ids']]."
+            )
         examples = list(_flat(examples))
         if not examples:
             raise ValueError("examples must hold at least one example, got none.")
@@ -100,6 +109,7 @@ class PackingCollator:
             name: [_values(index, name, example[name]) for index, example in enumerate(examples)]
             for name in examples[0]
         }
+        labels_of_examples = _labels_of_examples(columns)
         lengths = [len(ids) for ids in columns["input_ids"]]
         for name, column in columns.items():
             for index, (values, length) in enumerate(zip(column, lengths, strict=True)):
@@ -124,7 +134,8 @@ class PackingCollator:
             labels[starts] = _IGNORED
         packed = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
         packed |= {name: torch.cat(column) for name, column in columns.items()}
-        return self._finished(packed, starts)
+        batch = self._finished(packed, starts)
+        return batch if labels_of_examples is None else batch | {"labels": labels_of_examples}
 
     def _finished(self, packed: dict[str, Tensor], starts: Tensor) -> dict[str, Any]:
         """Pad the row, and add what other kernels want to know of the sequences that begin at `starts`."""
@@ -157,6 +168,21 @@ class PackingCollator:
                 "the capacity or token budget that they were chosen by."
             )
         return self.pad_to or tokens
+
+
+def packed_row(collator: PackingCollator, examples: Sequence[Any]) -> dict[str, Tensor]:
+    """Some examples as a row of a data set, each field (tokens,).
+
+    Raises:
+        ValueError: the examples have one label each, which are no field of a row.
+    """
+    batch = collator(examples)
+    if batch["labels"].ndim == 1:
+        raise ValueError(
+            "examples with one label each cannot be packed beforehand, since rows hold one value per token; give the "
+            "examples themselves to training, with PackingCollator as the data_collator."
+        )
+    return {name: values[0] for name, values in batch.items() if isinstance(values, Tensor) and values.ndim > 1}
 
 
 def _flat(examples: Sequence[Any]) -> Iterator[Any]:
@@ -204,12 +230,21 @@ def _values(index: int, name: str, given: object) -> Tensor:
         ) from error
 
 
+def _labels_of_examples(columns: dict[str, list[Tensor]]) -> Tensor | None:
+    """Take the labels of whole examples out of the columns, (examples,); None: there are none."""
+    names = columns.keys() & {"label", "labels"}
+    if len(names) != 1 or any(values.ndim for values in columns[min(names)]):
+        return None
+    labels = torch.stack(columns.pop(min(names)))
+    return labels if labels.is_floating_point() else labels.long()
+
+
 def _check_values(index: int, name: str, values: Tensor, length: int, start_position: int) -> None:
     where = f"example {index}, field {name!r}"
     if values.ndim == 0:
         raise ValueError(
-            f"{where} must hold one value per token, got the single value {values.item()}; remove it, or use a padded "
-            "batch: a label for a whole example cannot be packed."
+            f"{where} must hold one value per token, got the single value {values.item()}; remove it. Only the label "
+            "of a whole example can be one value, as `label` or `labels` of every example."
         )
     if values.ndim != 1:
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from packattn.data.collator import PackingCollator
+from packattn.data.collator import PackingCollator, packed_row
 from packattn.data.packing import Method, Overlong, PackingPlan, Piece, pack
 from packattn.data.stream import PackedStream
 from packattn.data.values import lengths_tensor
@@ -158,8 +158,8 @@ def pack_rows(
     examples = iter(_fetch(dataset, [piece.example for pieces in content for piece in pieces]))
     rows = []
     for pieces in content:
-        row = collator([cut(next(examples), piece, plan.starts is not None) for piece in pieces])
-        rows.append({name: values[0] for name, values in row.items() if isinstance(values, Tensor) and values.ndim > 1})
+        cuts = [cut(next(examples), piece, plan.starts is not None) for piece in pieces]
+        rows.append(packed_row(collator, cuts))
     return rows
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from packattn.data.collator import PackingCollator
+from packattn.data.collator import PackingCollator, packed_row
 from packattn.data.fit import BestFit
 from packattn.data.packing import Overlong, longest, make_limits
 from packattn.data.values import whole
@@ -79,10 +79,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         source = self._source(state)
         while True:
             while self._ready:
-                row = self.collator(self._held.pop(self._ready.pop(0)))
-                yield {
-                    name: values[0] for name, values in row.items() if isinstance(values, Tensor) and values.ndim > 1
-                }
+                yield packed_row(self.collator, self._held.pop(self._ready.pop(0)))
             if self._ended:
                 return
             example = next(source, None)

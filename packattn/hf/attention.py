@@ -56,7 +56,7 @@ def attention_forward(
     if unknown:
         raise NotImplementedError(
             f"{type(module).__name__} passes {', '.join(unknown)} to attention, which packattn does not honour. "
-            "Train this model unpacked, without packattn.patch."
+            "If it came with the call, leave it out; otherwise train this model unpacked, without packattn.patch."
         )
     compiling = torch.compiler.is_compiling()
     if not compiling:

@@ -259,6 +259,11 @@ def check(tokens: Tensor, position_ids: Any, attention_mask: Any) -> None:
     for name, value in (("position_ids", position_ids), ("attention_mask", attention_mask)):
         if value is None:
             continue
+        if name == "attention_mask" and isinstance(value, Tensor) and value.ndim == 4:
+            raise ValueError(
+                f"attention_mask of shape {tuple(value.shape)} is dense, but a patched model makes its mask from "
+                "position_ids. Pass position_ids that restart with every sequence, and no attention_mask or a 2-D one."
+            )
         if not isinstance(value, Tensor) or value.dtype.is_floating_point:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be an integer tensor of shape (rows, n) = {(rows, n)}, got {got}.")
@@ -269,11 +274,6 @@ def check(tokens: Tensor, position_ids: Any, attention_mask: Any) -> None:
             )
         if name == "position_ids" and value.ndim == 3 and value.shape[1] in (rows, 1) and value.shape[2] == n:
             continue  # planes of M-RoPE
-        if name == "attention_mask" and value.ndim == 4:
-            raise ValueError(
-                f"attention_mask of shape {tuple(value.shape)} is dense, but a patched model makes its mask from "
-                "position_ids. Pass position_ids that restart with every sequence, and no attention_mask or a 2-D one."
-            )
         if value.ndim != 2 or value.shape[1] != n or value.shape[0] not in (rows, 1):
             raise ValueError(f"{name} must have shape (rows, n) = {(rows, n)}, as the input, got {tuple(value.shape)}.")
         if value.device != tokens.device:
