@@ -114,7 +114,7 @@ def compile_pass(
         "GROUP": group, "SPLIT": 1, "HEAD_DIM": head_dim, "PARTS": parts_of(head_dim, tile.width),
         "HEAD_DIM_V": head_dim_v, "PARTS_V": parts_of(head_dim_v, tile.width), "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "HAS_ORDER": True, "HAS_SOFTCAP": False, "HAS_SINKS": False, "HAS_ALIBI": False,
-        "HAS_DROPOUT": False, "HAS_DLSE": False, "PRECISION": "ieee", "stride_sh": 0, "stride_st": 0,
+        "HAS_DROPOUT": False, "HAS_DLSE": False, "PRECISION": "ieee", "HELD": tile.held, "stride_sh": 0, "stride_st": 0,
     }  # fmt: skip
     constants |= features
     unused = {"HAS_SINKS": "sinks_ptr", "HAS_ALIBI": "slopes_ptr", "HAS_DROPOUT": "seed_ptr", "HAS_DLSE": "dlse_ptr"}

@@ -80,6 +80,8 @@ def candidates(family: str, name: str, dtype: torch.dtype, dim: int) -> list[Til
         # would lie along the head dim.
         small = [(16, 32, 2, 2), (16, 32, 2, 3), (32, 32, 2, 2)] if dim > 64 else [(16, 32, 1, 2), (32, 32, 1, 2)]
         tiles += [Tile(*block, 32) for block in small]
+        if family == "sm80":  # on sm86 the tensor cores are half as fast and shared memory is no limit
+            tiles += [Tile(*block, 32, True) for block in small]
     return list(dict.fromkeys(tiles))
 
 

@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       auto* result = static_cast<float*>(dsinks.mutable_data_ptr());
       for (int64_t h = 0; h < problem.heads_q; ++h) {
         double sum = 0;
-        for (int64_t i = h * problem.tokens; i < (h + 1) * problem.tokens; ++i)
+        for (int64_t i = h * problem.tokens; i < (h + 1) * problem.tokens && std::isfinite(problem.sinks[h]); ++i)
           sum += std::exp(problem.sinks[h] - problem.lse[i]) * delta[i];
         result[h] = static_cast<float>(-sum);
       }

@@ -133,9 +133,10 @@ void forward(const Problem<T>& problem, const Unit& unit, float* scratch) {
       prefetch<1>(problem.out_w.at(tile[t].lanes.token[ahead], tile[t].lanes.head[ahead]), dim_v);
       float best = tile[t].best[r], sum = tile[t].sum[r], factor = sum > 0 ? 1 / sum : 0.0f;
       if (problem.sinks != nullptr) {
-        const float sink = problem.sinks[h], top = best > sink ? best : sink, share = std::exp(best - top);
-        sum = sum * share + std::exp(sink - top);
-        factor = share / sum;
+        const float sink = problem.sinks[h], top = best > sink ? best : sink, shift = top == -kInfinity ? 0 : top;
+        const float share = std::exp(best - shift);
+        sum = sum * share + std::exp(sink - shift);
+        factor = sum > 0 ? share / sum : 0.0f;
         best = top;
       }
       store_row(tile[t].acc + r * ld_v, dim_v, factor, problem.out_w.at(token, h));

@@ -136,5 +136,11 @@ def backward(
     if sinks is None:
         dsinks = q.new_empty(0, dtype=dtype)
     else:
-        dsinks = -(torch.exp(sinks.to(dtype)[:, None] - lse) * delta).sum(1)
+        dsinks = sink_gradients(sinks.to(dtype), lse, delta)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+def sink_gradients(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradients of sinks, (heads,), from lse and delta, (heads, tokens); 0 for a sink of -inf, which is none."""
+    shares = torch.where(sinks[:, None] == -torch.inf, 0.0, torch.exp(sinks[:, None] - lse))
+    return -(shares * delta).sum(1)

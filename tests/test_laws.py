@@ -290,3 +290,20 @@ def test_autocast_casts_as_torch_does(backend, device):
         out = packattn.packed_attention(q, k, v.to(dtype), mask, backend=backend)
     assert out.dtype == dtype
     assert torch.equal(out, packattn.packed_attention(*(x.to(dtype) for x in (q, k, v)), mask, backend=backend))
+
+
+def test_a_sink_of_minus_infinity_is_none(backend, device):
+    options = {"spans": ([0, 0, 4], [0, 2, 4], 9), "heads_q": 2, "heads_k": 1}  # queries without keys too
+    case = Case("", [], sinks=True, **options)
+    q, k, v, sinks, *gradients = case.tensors(torch.float32, device)
+    without = run_on(packed(backend), Case("", [], **options), [q, k, v, sinks, *gradients], device)
+    off = torch.full_like(sinks, -math.inf)
+    found = run_on(packed(backend), case, [q, k, v, off, *gradients], device)
+    assert found.pop("dsinks").tolist() == [0.0, 0.0]
+    for name, values in without.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-6, atol=1e-6)
+    off[1] = sinks[1]  # heads of one tile
+    mixed = run_on(packed(backend), case, [q, k, v, off, *gradients], device)
+    assert mixed.pop("dsinks")[0] == 0
+    torch.testing.assert_close(mixed["out"][:, 0], without["out"][:, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mixed["lse"][0], without["lse"][0], rtol=1e-6, atol=1e-6)

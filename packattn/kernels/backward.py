@@ -19,6 +19,7 @@ from packattn.kernels.tile import (
     NEVER,
     add_dot,
     dot_transposed,
+    in_registers,
     keep_mask,
     keep_rows,
     load_tile,
@@ -218,7 +219,7 @@ def _bwd_dkdv_kernel(
     heads_k, scale, softcap, threshold, keep_scale, GROUP: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr,
     PARTS: tl.constexpr, HEAD_DIM_V: tl.constexpr, PARTS_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """One of SPLIT programs of a tile takes GROUP // SPLIT query heads and writes its share of dk and dv."""
     HEADS: tl.constexpr = GROUP // SPLIT
@@ -232,6 +233,8 @@ def _bwd_dkdv_kernel(
     inside = key < tokens_k
     k = load_tile(k_ptr + at * stride_kt + kv * stride_kh, offs_n, stride_kt, inside, HEAD_DIM, PARTS, True)
     v = load_tile(v_ptr + at * stride_vt + kv * stride_vh, offs_n, stride_vt, inside, HEAD_DIM_V, PARTS_V, True)
+    if HELD:
+        k, v = in_registers(k), in_registers(v)
     row_start = tl.load(q_start_ptr + key, mask=inside, other=0)
     row_end = tl.load(q_end_ptr + key, mask=inside, other=0)
 

@@ -62,7 +62,7 @@ def _attend(
         )
         if MASKED:
             s = tl.where(visible(row_start, row_end, key), s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
+        m_new = tl.maximum(m_i, tl.max(s, 1) * unit)  # m is in base 2, as s * unit; unit > 0
         # A row that has seen nothing yet has m = -inf; -inf - -inf would be NaN.
         shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
         p = tl.exp2(s * unit - shift[:, None])
@@ -108,7 +108,7 @@ def _fwd_kernel(
     # Both ends never decrease: the first and the last token bound what the tile visits and what all its rows see.
     lo, hi = tl.load(k_start_ptr + m0), tl.load(k_end_ptr + last)
     begin, end = tl.load(k_start_ptr + last), tl.load(k_end_ptr + m0)
-    kept = (row_start == lo) | (begin < end)
+    kept = (row_start == lo) | (begin < end)  # after the loop without a mask; the other rows start anew
     if begin >= end:  # no key is seen by all rows: take those before the rows that do not begin at lo
         begin, end = lo, tl.minimum(end, tl.min(tl.where(row_start > lo, row_start, NEVER)))
     first, second = unmasked_blocks(lo, begin, end, BLOCK_N)
@@ -137,9 +137,10 @@ def _fwd_kernel(
     if HAS_SINKS:  # one more logit in the sum, without a value (7)
         sink = tl.load(sinks_ptr + head, mask=inside, other=0.0) * LOG2E
         m_new = tl.maximum(m_i, sink)
-        alpha = tl.exp2(m_i - m_new)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - shift)
         acc = scale_tile(acc, alpha)
-        l_i = l_i * alpha + tl.exp2(sink - m_new)
+        l_i = l_i * alpha + tl.exp2(sink - shift)
         m_i = m_new
     # A row without keys and sink has l = 0: out = 0, lse = -inf.
     lse = (m_i + tl.log2(l_i)) * LN2

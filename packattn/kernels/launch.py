@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from packattn import dropout
+from packattn.blocked import sink_gradients
 from packattn.kernels.backward import _bwd_delta_kernel, _bwd_dkdv_kernel, _bwd_dq_kernel
 from packattn.kernels.forward import _fwd_kernel
 from packattn.kernels.table import LARGEST_HEAD_DIM, Tile, family, parts_of, tile_for
@@ -114,8 +115,8 @@ def launch_order(
 ) -> Tensor:  # fmt: skip
     """Tiles of the three passes, big ones first, so that the last programs to run are short: int32, (tiles of all,).
 
-    Those of dK/dV, of which a GPU holds the most at once, are dealt evenly to its multiprocessors besides. Computed on
-    the device, once for a mask; of use to this group of heads, larger head dim and dtype only.
+    Those of dK/dV, of which a GPU holds the most at once, are dealt evenly to its multiprocessors besides, where half of
+    them and more start at once. Computed on the device, once for a mask; of use to this group of heads, larger head dim and dtype only.
     """
     tiles, warps, count = _constants(heads_q, heads_k, head_dim, head_dim_v, dtype, k_start.device)
     spans = ((k_start, k_end), (k_start, k_end), (q_start, q_end))
@@ -126,9 +127,11 @@ def launch_order(
         work, order = torch.sort(end[last] - start[first // each], descending=True, stable=True)
         orders.append(order)
         works.append(work)
-    programs = orders[2].shape[0] * heads_k
-    columns = max(1, count // (heads_k * _split(programs, heads_q // heads_k)))
-    orders[2] = orders[2][_dealt(works[2], columns, max(1, _RESIDENT_WARPS // warps))]
+    n = orders[2].shape[0]
+    columns = max(1, count // (heads_k * _split(n * heads_k, heads_q // heads_k)))
+    rounds = max(1, _RESIDENT_WARPS // warps)
+    if n < 2 * columns * rounds:  # else those that go where there is room even out the rest
+        orders[2] = orders[2][_dealt(works[2], columns, rounds)]
     return torch.cat(orders).int()
 
 
@@ -263,11 +266,11 @@ def backward(
             _bwd_dkdv_kernel[(made.tiles(tokens, tokens_k)[2] * heads_k * split,)](
                 dk_ptr=shares[0], dv_ptr=shares[1], q_start_ptr=q_start, q_end_ptr=q_end, order_ptr=tiles_k,
                 stride_dks=dks, stride_dkt=dkt, stride_dkh=dkh, stride_dvs=dvs, stride_dvt=dvt, stride_dvh=dvh,
-                SPLIT=split, HAS_ORDER=tiles_k is not None, **saved, **shared,
+                SPLIT=split, HELD=made.dkdv.held, HAS_ORDER=tiles_k is not None, **saved, **shared,
                 **_tile_options(made.dkdv, shared),
             )  # fmt: skip
             if split > 1:
                 dk, dv = (share.sum(0).to(k.dtype) for share in shares)
     if sinks is None:
         return dq, dk, dv, q.new_empty(0, dtype=torch.float32)
-    return dq, dk, dv, -(torch.exp(sinks[:, None] - lse) * delta).sum(1)
+    return dq, dk, dv, sink_gradients(sinks, lse, delta)

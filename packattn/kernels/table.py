@@ -2,7 +2,8 @@
 
 The rows below are written by `python -m benchmarks.tiles`, which compiles the candidates for every target and ranks
 them by what the compiler and the disassembler report; on a machine with a GPU `--time` ranks them by the clock. An
-entry is BLOCK_M x BLOCK_N / warps / stages / widest part of the head dim.
+entry is BLOCK_M x BLOCK_N / warps / stages / widest part of the head dim, and a + where dK/dV holds k and v in
+registers.
 """
 
 from typing import NamedTuple
@@ -12,25 +13,29 @@ import triton
 
 
 class Tile(NamedTuple):
-    """BLOCK_M query rows and BLOCK_N keys, how Triton schedules them, and the widest part of the head dim."""
+    """BLOCK_M query rows and BLOCK_N keys, how Triton schedules them, the widest part of the head dim.
+
+    held: dK/dV holds k and v in registers, where there is room and shared memory is what limits it.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     width: int
+    held: bool = False
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}/{self.num_warps}/{self.num_stages}/{self.width}"
+        return f"{self.block_m}x{self.block_n}/{self.num_warps}/{self.num_stages}/{self.width}{'+' * self.held}"
 
     @classmethod
     def read(cls, text: str) -> "Tile":
         """The tile that str() wrote.
 
-        >>> Tile.read("128x64/8/2/64")
-        Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, width=64)
+        >>> Tile.read("16x32/1/2/32+")
+        Tile(block_m=16, block_n=32, num_warps=1, num_stages=2, width=32, held=True)
         """
-        return cls(*map(int, text.replace("x", "/").split("/")))
+        return cls(*map(int, text.rstrip("+").replace("x", "/").split("/")), text.endswith("+"))
 
 
 Key = tuple[str, str, str, str, int]  # an entry of the table: family, pass, width of numbers, grouping, column
@@ -48,8 +53,8 @@ sm80   dq      16-bit alone      64x32/2/3/64    64x32/2/3/64    64x32/2/3/64   
 sm80   dq      16-bit grouped    64x32/2/3/64    64x32/2/3/64   128x32/4/3/64   128x32/4/2/64   128x16/4/3/64   128x32/8/2/64   128x32/8/2/64    64x16/8/2/64    16x32/4/1/64
 sm80   dq      32-bit alone      64x32/4/1/64    64x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64      8x8/2/1/64
 sm80   dq      32-bit grouped    64x32/4/1/64    64x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64      8x8/2/1/64
-sm80   dkdv    16-bit alone      32x64/2/3/64    32x64/2/3/64    16x32/1/2/32    16x32/2/2/32    32x32/2/2/32   32x64/4/2/128    16x64/8/2/64    32x32/4/2/64   32x16/4/2/128
-sm80   dkdv    16-bit grouped    32x64/2/3/64    32x64/2/3/64    16x32/1/2/32    16x32/2/2/32    32x32/2/2/32   32x64/4/2/128    16x64/8/2/64    32x32/4/2/64   32x16/4/2/128
+sm80   dkdv    16-bit alone      32x64/2/3/64    32x64/2/3/64   16x32/1/2/32+   16x32/2/2/32+   16x32/2/2/32+   32x64/4/2/128    16x64/8/2/64    32x32/4/2/64   32x16/4/2/128
+sm80   dkdv    16-bit grouped    32x64/2/3/64    32x64/2/3/64   16x32/1/2/32+   16x32/2/2/32+   16x32/2/2/32+   32x64/4/2/128    16x64/8/2/64    32x32/4/2/64   32x16/4/2/128
 sm80   dkdv    32-bit alone      32x64/4/1/64    32x64/4/1/64    32x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x16/4/1/64      8x8/2/1/64
 sm80   dkdv    32-bit grouped    32x64/4/1/64    32x64/4/1/64    32x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x16/4/1/64      8x8/2/1/64
 sm86   forward 16-bit alone      64x64/4/3/64    64x16/2/3/64    64x32/4/3/64    64x16/4/2/64    64x16/4/2/64   128x32/8/2/64    64x16/8/2/64    64x16/8/2/64    16x32/4/1/64

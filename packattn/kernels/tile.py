@@ -81,6 +81,21 @@ def keep_rows(tile, kept):
 
 
 @triton.jit
+def in_registers(tile):
+    """The tile as its product with the identity, which is exact: an operand of later products that needs no reading.
+
+    What is loaded for a loop Triton keeps in shared memory and reads again in every step. An accumulator lies in
+    registers as an operand does.
+    """
+    parts = ()
+    for i in tl.static_range(len(tile)):
+        d = tl.arange(0, tile[i].shape[1])
+        identity = (d[:, None] == d[None, :]).to(tile[i].dtype)
+        parts = parts + (tl.dot(tile[i], identity).to(tile[i].dtype),)
+    return parts
+
+
+@triton.jit
 def dot_transposed(a, b, PRECISION: tl.constexpr):
     """a @ b.T over the head dim: [ROWS, dim], [COLUMNS, dim] -> [ROWS, COLUMNS]."""
     s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
