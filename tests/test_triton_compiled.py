@@ -249,7 +249,7 @@ def test_multiprocessors_get_equal_shares_of_the_programs_that_start_at_once(mon
     mask, tokens = PackedMask.causal(lengths=lengths), sum(lengths)
     programs = 2 * plan.split(tokens)  # of a tile
     busiest = []
-    for count in (1, 32):  # multiprocessors
+    for count in (1, 128):  # multiprocessors
         monkeypatch.setattr(launch, "multiprocessors", lambda device, count=count: count)
         order = launch.launch_order(*mask[:4], 8, 2, 128, 128, torch.bfloat16)
         tiles = order.split(plan.tiles(tokens, tokens))[2]
@@ -257,11 +257,21 @@ def test_multiprocessors_get_equal_shares_of_the_programs_that_start_at_once(mon
         first = tiles * plan.dkdv.block_n
         work = mask.q_end[(first + plan.dkdv.block_n - 1).clamp(max=tokens - 1)] - mask.q_start[first]
         assert count > 1 or work.tolist() == sorted(work.tolist(), reverse=True)
-        started = work.repeat_interleave(programs)[: 32 * 8 // plan.dkdv.num_warps]
-        busiest.append(int(torch.zeros(32).index_add(0, torch.arange(len(started)) % 32, started.float()).max()))
+        started = work.repeat_interleave(programs)[: 128 * 8 // plan.dkdv.num_warps]
+        busiest.append(int(torch.zeros(128).index_add(0, torch.arange(len(started)) % 128, started.float()).max()))
     assert busiest[1] <= busiest[0]
     if lengths[0] == 3775:
-        assert busiest[1] < 1.02 * started.sum() / 32 < 1.07 * started.sum() / 32 < busiest[0]
+        assert busiest[1] < 1.02 * started.sum() / 128 < 1.35 * started.sum() / 128 < busiest[0]
+
+
+def test_tiles_are_not_dealt_where_few_of_them_start_at_once(monkeypatch):
+    mask = PackedMask.causal(lengths=[400, 90] * 8)  # 123 tiles of dK/dV
+    orders = []
+    for count in (1, 15, 16):  # multiprocessors, each with 4 programs; a program for each of 2 heads and 4 shares
+        monkeypatch.setattr(launch, "multiprocessors", lambda device, count=count: 8 * count)
+        orders.append(launch.launch_order(*mask[:4], 8, 2, 128, 128, torch.bfloat16))
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[1], orders[2])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
