@@ -133,10 +133,7 @@ def backward(
         dq[rows] = _tokens_first(ds @ block.k, rows).to(q.dtype)
         dk[keys] += (ds.transpose(1, 2) @ block.q).transpose(0, 1)
         dv[keys] += (block.stack(p * block.kept).transpose(1, 2) @ do).transpose(0, 1)
-    if sinks is None:
-        dsinks = q.new_empty(0, dtype=dtype)
-    else:
-        dsinks = sink_gradients(sinks.to(dtype), lse, delta)
+    dsinks = q.new_empty(0, dtype=dtype) if sinks is None else sink_gradients(sinks.to(dtype), lse, delta)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
 
 

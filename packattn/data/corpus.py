@@ -129,7 +129,8 @@ def _begin_or_go_on(partial: Path, manifest: dict[str, Any]) -> None:
     if path.exists():
         before = json.loads(path.read_text())
         changed = sorted(name for name in {*before, *manifest} if before.get(name) != manifest.get(name))
-        if changed:
+        finished = any(path.suffix in (".arrow", ".parquet") for path in partial.rglob("*"))
+        if changed and finished:  # else nothing is lost by beginning anew
             shown_ = ", ".join(f"{name} was {before.get(name)!r} and is {manifest.get(name)!r}" for name in changed)
             raise ValueError(f"{partial} was begun with something else: {shown_}. Remove it to begin anew.")
     (partial / "tokens").mkdir(exist_ok=True)

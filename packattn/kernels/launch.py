@@ -115,9 +115,9 @@ def launch_order(
 ) -> Tensor:  # fmt: skip
     """Tiles of the three passes, big ones first, so that the last programs to run are short: int32, (tiles of all,).
 
-    Those of dK/dV, of which a GPU holds the most at once, are dealt evenly to its multiprocessors besides, where more than
-    half of them start at once. Computed on the device, once for a mask; of use to this group of heads, larger head dim
-    and dtype only.
+    Those of dK/dV, of which a GPU holds the most at once, are dealt evenly to its multiprocessors besides, where more
+    than half of them start at once. Computed on the device, once for a mask; of use to this group of heads, larger head
+    dim and dtype only.
     """
     tiles, warps, count = _constants(heads_q, heads_k, head_dim, head_dim_v, dtype, k_start.device)
     spans = ((k_start, k_end), (k_start, k_end), (q_start, q_end))
