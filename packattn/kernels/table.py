@@ -35,7 +35,8 @@ class Tile(NamedTuple):
         >>> Tile.read("16x32/1/2/32+")
         Tile(block_m=16, block_n=32, num_warps=1, num_stages=2, width=32, held=True)
         """
-        return cls(*map(int, text.rstrip("+").replace("x", "/").split("/")), text.endswith("+"))
+        block_m, block_n, num_warps, num_stages, width = map(int, text.rstrip("+").replace("x", "/").split("/"))
+        return cls(block_m, block_n, num_warps, num_stages, width, text.endswith("+"))
 
 
 Key = tuple[str, str, str, str, int]  # an entry of the table: family, pass, width of numbers, grouping, column
