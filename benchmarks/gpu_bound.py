@@ -38,14 +38,18 @@ SETS = ("math", "short tasks")
 
 
 class Shape(NamedTuple):
-    """Heads of a model: SmolLM2-135M, and one key head of eight of Llama-3-8B."""
+    """Heads of a model: those of SmolLM2-135M, of Llama-3-8B, and of the latter over four GPUs."""
 
     heads_q: int
     heads_k: int
     head_dim: int
 
 
-SHAPES = {"head dim 64, 9 heads on 3": Shape(9, 3, 64), "head dim 128, 8 heads on 2": Shape(8, 2, 128)}
+SHAPES = {
+    "head dim 64, 9 heads on 3": Shape(9, 3, 64),
+    "head dim 128, 8 heads on 2": Shape(8, 2, 128),
+    "head dim 128, 32 heads on 8": Shape(32, 8, 128),
+}
 
 
 def _tensors(tokens: int, shape: Shape) -> list[torch.Tensor]:
