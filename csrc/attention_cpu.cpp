@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -198,9 +199,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     if (problem.sinks != nullptr) {
       auto* result = static_cast<float*>(dsinks.mutable_data_ptr());
       for (int64_t h = 0; h < problem.heads_q; ++h) {
+        const float sink = problem.sinks[h];
         double sum = 0;
-        for (int64_t i = h * problem.tokens; i < (h + 1) * problem.tokens && std::isfinite(problem.sinks[h]); ++i)
-          sum += std::exp(problem.sinks[h] - problem.lse[i]) * delta[i];
+        if (sink != -std::numeric_limits<float>::infinity())  // else it is none, and lse can be -inf too
+          for (int64_t i = h * problem.tokens; i < (h + 1) * problem.tokens; ++i)
+            sum += std::exp(sink - problem.lse[i]) * delta[i];
         result[h] = static_cast<float>(-sum);
       }
     }

@@ -136,7 +136,7 @@ void forward(const Problem<T>& problem, const Unit& unit, float* scratch) {
         const float sink = problem.sinks[h], top = best > sink ? best : sink, shift = top == -kInfinity ? 0 : top;
         const float share = std::exp(best - shift);
         sum = sum * share + std::exp(sink - shift);
-        factor = sum > 0 ? share / sum : 0.0f;
+        factor = sum == 0 ? 0.0f : share / sum;
         best = top;
       }
       store_row(tile[t].acc + r * ld_v, dim_v, factor, problem.out_w.at(token, h));

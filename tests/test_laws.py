@@ -307,3 +307,5 @@ def test_a_sink_of_minus_infinity_is_none(backend, device):
     assert mixed.pop("dsinks")[0] == 0
     torch.testing.assert_close(mixed["out"][:, 0], without["out"][:, 0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(mixed["lse"][0], without["lse"][0], rtol=1e-6, atol=1e-6)
+    broken = run_on(packed(backend), case, [q, k, v, torch.full_like(sinks, math.nan), *gradients], device)
+    assert all(broken[name].isnan().all() for name in ("out", "lse", "dsinks"))
