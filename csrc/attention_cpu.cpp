@@ -199,11 +199,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     if (problem.sinks != nullptr) {
       auto* result = static_cast<float*>(dsinks.mutable_data_ptr());
       for (int64_t h = 0; h < problem.heads_q; ++h) {
-        const float sink = problem.sinks[h];
         double sum = 0;
-        if (sink != -std::numeric_limits<float>::infinity())  // else it is none, and lse can be -inf too
-          for (int64_t i = h * problem.tokens; i < (h + 1) * problem.tokens; ++i)
-            sum += std::exp(sink - problem.lse[i]) * delta[i];
+        for (int64_t i = h * problem.tokens; i < (h + 1) * problem.tokens; ++i) {
+          // -inf where a query sees neither a key nor a sink
+          const float lse = std::max(problem.lse[i], std::numeric_limits<float>::lowest());
+          sum += std::exp(problem.sinks[h] - lse) * delta[i];
+        }
         result[h] = static_cast<float>(-sum);
       }
     }

@@ -133,11 +133,9 @@ def backward(
         dq[rows] = _tokens_first(ds @ block.k, rows).to(q.dtype)
         dk[keys] += (ds.transpose(1, 2) @ block.q).transpose(0, 1)
         dv[keys] += (block.stack(p * block.kept).transpose(1, 2) @ do).transpose(0, 1)
-    dsinks = q.new_empty(0, dtype=dtype) if sinks is None else sink_gradients(sinks.to(dtype), lse, delta)
+    if sinks is None:
+        dsinks = q.new_empty(0, dtype=dtype)
+    else:  # a sink of -inf is none; where a query sees no key either, lse is -inf too
+        lse = lse.clamp(min=torch.finfo(dtype).min)
+        dsinks = -(torch.exp(sinks.to(dtype)[:, None] - lse) * delta).sum(1)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
-
-
-def sink_gradients(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """The gradients of sinks, (heads,), from lse and delta, (heads, tokens); 0 for a sink of -inf, which is none."""
-    shares = torch.where(sinks[:, None] == -torch.inf, 0.0, torch.exp(sinks[:, None] - lse))
-    return -(shares * delta).sum(1)

@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 
 from packattn import dropout
-from packattn.blocked import sink_gradients
 from packattn.kernels.backward import _bwd_delta_kernel, _bwd_dkdv_kernel, _bwd_dq_kernel
 from packattn.kernels.forward import _fwd_kernel
 from packattn.kernels.table import LARGEST_HEAD_DIM, Tile, family, parts_of, tile_for
@@ -274,4 +273,5 @@ def backward(
                 dk, dv = (share.sum(0).to(k.dtype) for share in shares)
     if sinks is None:
         return dq, dk, dv, q.new_empty(0, dtype=torch.float32)
-    return dq, dk, dv, sink_gradients(sinks, lse, delta)
+    lse = lse.clamp(min=torch.finfo(lse.dtype).min)  # -inf where a query sees neither a key nor a sink
+    return dq, dk, dv, -(torch.exp(sinks[:, None] - lse) * delta).sum(1)
