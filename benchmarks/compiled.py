@@ -30,7 +30,7 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _POINTERS = {
     "*i32": ("k_start_ptr", "k_end_ptr", "q_start_ptr", "q_end_ptr", "order_ptr", "anchors_ptr"),
     "*i64": ("seed_ptr",),
-    "*fp32": ("lse_ptr", "lse2_ptr", "delta_ptr", "sinks_ptr", "dlse_ptr", "slopes_ptr"),
+    "*fp32": ("lse_ptr", "norm_ptr", "delta_ptr", "sinks_ptr", "dlse_ptr", "slopes_ptr"),
 }
 
 

@@ -113,8 +113,8 @@ def profile_ours(lengths: list[int], shape: Shape, arch: int, only: str | None =
         plan = launch.plan(q.shape[1], 1, shape.head_dim, shape.head_dim, q.dtype, q.device)
         lying = torch.cat([torch.arange(n).int() for n in plan.tiles(len(q), len(q))])
         rest = (lying, None, None, None, None, shape.head_dim**-0.5, 0.0, 0.0)
-        out, lse = launch.forward(q, k, v, *mask[:4], *rest)
-        launch.backward(dout, None, q, k, v, out, lse, *mask[:4], *rest)
+        out, lse, norm = launch.forward(q, k, v, *mask[:4], *rest)
+        launch.backward(dout, None, q, k, v, out, lse, norm, *mask[:4], *rest)
     return profiles
 
 

@@ -75,13 +75,20 @@ def candidates(family: str, name: str, dtype: torch.dtype, dim: int) -> list[Til
     if family == "gfx9":  # AMD pipelines in registers: one stage less
         blocks = [(m, n, warps, min(stages, 2)) for m, n, warps, stages in blocks]
     tiles = [Tile(*block, width) for block in blocks for width in widths]
-    if name == "dkdv" and family in ("sm80", "sm86") and dtype != torch.float32 and 32 < dim <= 128:
-        # Tiles of 32 keys: more programs, of less unequal length. With parts wider than the tile has keys, two warps
-        # would lie along the head dim.
-        small = [(16, 32, 2, 2), (16, 32, 2, 3), (32, 32, 2, 2)] if dim > 64 else [(16, 32, 1, 2), (32, 32, 1, 2)]
-        tiles += [Tile(*block, 32) for block in small]
-        if family == "sm80":  # on sm86 the tensor cores are half as fast and shared memory is no limit
-            tiles += [Tile(*block, 32, True) for block in small]
+    if family in ("sm80", "sm86") and dtype != torch.float32 and 32 < dim <= 128:
+        if name == "dkdv":
+            # Tiles of 32 keys: more programs, of less unequal length. With parts wider than the tile has keys, two
+            # warps would lie along the head dim.
+            small = [(16, 32, 2, 2), (16, 32, 2, 3), (32, 32, 2, 2)] if dim > 64 else [(16, 32, 1, 2), (32, 32, 1, 2)]
+            tiles += [Tile(*block, 32) for block in small]
+            held = [Tile(*block, 32, dim // 32) for block in small]
+        else:
+            rows = [(128, 32, 4, 2), (128, 32, 4, 3), (64, 32, 2, 3)]
+            if dim > 64:
+                rows = [(128, 16, 4, 2), (128, 16, 4, 3), (128, 32, 4, 2), (64, 32, 4, 2), (64, 16, 2, 3)]
+            held = [Tile(*block, 32, parts) for block in rows for parts in range(1, dim // 32 + 1)]
+        # Parts of the own rows in registers: on sm86 the tensor cores are half as fast, shared memory is no limit.
+        tiles += held if family == "sm80" else []
     return list(dict.fromkeys(tiles))
 
 

@@ -63,11 +63,11 @@ def time_tiles(
                 with with_tile(name, tile):
                     problem = _problem(device, dtype, dim, group, tokens, set_name)
                     try:
-                        out, lse = launch.forward(*problem)
+                        out, *saved = launch.forward(*problem)
                         call = (
                             (lambda p=problem: launch.forward(*p))
                             if name == "forward"
-                            else lambda p=problem, o=out, s=lse: launch.backward(o, None, *p[:3], o, s, *p[3:])
+                            else lambda p=problem, o=out, s=saved: launch.backward(o, None, *p[:3], o, *s, *p[3:])
                         )
                         taken = _seconds(call, device)
                     except Exception as error:  # what a GPU refuses is no candidate

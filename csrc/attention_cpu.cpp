@@ -149,7 +149,7 @@ auto by_dtype(const Tensor& q, F function) {
 }
 
 template <Set set>
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_start,
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_start,
                                        const Tensor& k_end, const Tensor& q_start, const Tensor& q_end,
                                        const std::optional<Tensor>&, const std::optional<Tensor>& sinks,
                                        const std::optional<Tensor>& slopes, const std::optional<Tensor>& anchors,
@@ -164,15 +164,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     problem.lse_w = static_cast<float*>(lse.mutable_data_ptr());
     const Kernels<T> kernels = kernels_of<set, T>();
     run(problem, forward_units(shape_of(problem)), kernels.forward, kernels.forward_scratch);
-    return std::tuple(out, lse);
+    return std::tuple(out, lse, torch::stable::new_empty(lse, {0}));
   });
 }
 
 template <Set set>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const Tensor& k_start, const Tensor& k_end, const Tensor& q_start,
-    const Tensor& q_end, const std::optional<Tensor>&, const std::optional<Tensor>& sinks,
+    const Tensor& out, const Tensor& lse, const Tensor&, const Tensor& k_start, const Tensor& k_end,
+    const Tensor& q_start, const Tensor& q_end, const std::optional<Tensor>&, const std::optional<Tensor>& sinks,
     const std::optional<Tensor>& slopes, const std::optional<Tensor>& anchors, const std::optional<Tensor>& seed,
     double scale, double softcap, double dropout_p) {
   return by_dtype(q, [&](auto zero) {

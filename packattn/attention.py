@@ -66,8 +66,8 @@ class PackedAttention(torch.autograd.Function):
         spans, options = (k_start, k_end, q_start, q_end, order), (softmax_scale, softcap, dropout_p)
         run = getattr(torch.ops.packattn, f"attention_forward_{backend}").default
         tensors = (*spans, sinks, alibi_slopes, anchors, seed)
-        out, lse = run(q, k, v, *tensors, *options)
-        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        out, lse, norm = run(q, k, v, *tensors, *options)
+        ctx.save_for_backward(q, k, v, out, lse, norm, *tensors)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         return out, lse
@@ -77,7 +77,7 @@ class PackedAttention(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("double backward (create_graph=True) through packed attention is not supported.")
         saved = ctx.saved_tensors
-        out, sinks = saved[3], saved[10]
+        out, sinks = saved[3], saved[11]
         dout = torch.zeros_like(out) if dout is None else _last_dim_contiguous(dout)
         run = getattr(torch.ops.packattn, f"attention_backward_{ctx.backend}").default
         dq, dk, dv, dsinks = run(dout, dlse, *saved, *ctx.options)

@@ -93,7 +93,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor,
     order: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None, anchors: Tensor | None,
     seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator `attention_forward_torch`; arguments as in `packattn.schemas`."""
     dtype = lse_dtype(q)
     out = q.new_empty(*q.shape[:2], v.shape[2])
@@ -106,13 +106,13 @@ def forward(
             lse[:, rows] = torch.logaddexp(lse[:, rows], sinks.to(dtype)[:, None])
         p = block.probabilities(lse[:, rows]) * block.kept
         out[rows] = _tokens_first(block.stack(p) @ v[keys].to(dtype).transpose(0, 1), rows).to(q.dtype)
-    return out, lse
+    return out, lse, lse.new_empty(0)
 
 
 @_without_autocast
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, k_start: Tensor,
-    k_end: Tensor, q_start: Tensor, q_end: Tensor, order: Tensor | None, sinks: Tensor | None,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, norm: Tensor,
+    k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor, order: Tensor | None, sinks: Tensor | None,
     alibi_slopes: Tensor | None, anchors: Tensor | None, seed: Tensor | None, softmax_scale: float, softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip

@@ -4,6 +4,7 @@ Schemas come from `packattn.schemas`. CPU code is in `packattn._C`, CUDA boundar
 and torch implementations are Python and imported at the first call.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -86,13 +87,16 @@ def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | float | None) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q))
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, *_: Tensor | float | None, normed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q))
+    return q.new_empty(*q.shape[:2], v.shape[2]), lse, lse.new_empty(2, *lse.shape) if normed else lse.new_empty(0)
 
 
 def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, k_start: Tensor,
-    k_end: Tensor, q_start: Tensor, q_end: Tensor, order: Tensor | None, sinks: Tensor | None,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, norm: Tensor,
+    k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor, order: Tensor | None, sinks: Tensor | None,
     *_: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     heads = 0 if sinks is None else q.shape[1]
@@ -102,6 +106,6 @@ def _fake_backward(
 
 for _name in SCHEMAS:
     if _name.startswith("attention_"):
-        torch.library.register_fake(
-            f"packattn::{_name}", _fake_forward if "forward" in _name else _fake_backward, lib=_library
-        )
+        _forward = functools.partial(_fake_forward, normed=_name == "attention_forward_triton")
+        _fake = _forward if "forward" in _name else _fake_backward
+        torch.library.register_fake(f"packattn::{_name}", _fake, lib=_library)

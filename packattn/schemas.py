@@ -9,9 +9,10 @@ _OPTIONS = (
     "Tensor? sinks, Tensor? alibi_slopes, Tensor? anchors, Tensor? seed,"
     " float softmax_scale, float softcap, float dropout_p"
 )
-_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_SPANS}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_SPANS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor norm)"
 _BACKWARD = (
-    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SPANS}, {_OPTIONS})"
+    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor norm,"
+    f" {_SPANS}, {_OPTIONS})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)"
 )
 

@@ -194,6 +194,8 @@ CASES = [
     Case("scale", [50, 70], scale=0.7),
     Case("large values", [50, 70], magnitude=100.0),
     Case("values at 1e4", [50, 70], magnitude_v=1e4),
+    Case("scores of some 1e3", [50, 70], heads_q=4, heads_k=2, magnitude=1e3, magnitude_v=1.0),
+    Case("one-token sequences, scores of some 1e3", [1] * 40, magnitude=1e3, magnitude_v=1.0),
     Case("strided views", [50, 70], heads_q=4, heads_k=2, strided=True),
     Case("empty spans", [], spans=([0, 0, 0, 2, 2, 5, 9], [0, 2, 2, 2, 7, 7, 9], 9)),
     Case("empty spans after whole blocks", [], spans=([0] * 48 + [64] * 16, [64] * 64, 64)),

@@ -85,8 +85,8 @@ def test_one_head_stands_for_all_and_an_order_only_permutes(monkeypatch):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 8)
     with emulated.launches(80, run):
         given = launch.launch_order(*mask[:4], 4, 2, 16, 16, q.dtype)
-        out, lse = launch.forward(q, k, v, *mask[:4], given, *rest)
-        launch.backward(out, None, q, k, v, out, lse, *mask[:4], given, *rest)
+        out, lse, norm = launch.forward(q, k, v, *mask[:4], given, *rest)
+        launch.backward(out, None, q, k, v, out, lse, norm, *mask[:4], given, *rest)
     for (kernel, lying), whole in zip(found.items(), profiles.values(), strict=True):
         profile = lying if kernel == "delta" else gpu_bound.in_order(lying, orders[kernel])
         assert profile.ctas == whole.ctas

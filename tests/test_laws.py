@@ -144,8 +144,8 @@ def test_operators_keep_their_contract(backend, device):
     backward = getattr(torch.ops.packattn, f"attention_backward_{backend}").default
     inputs = (q, k, v, *mask, sinks, None, None, None, 0.25, 0.0, 0.0)
     torch.library.opcheck(forward, inputs, test_utils=tests)
-    out, lse = forward(*inputs)
-    torch.library.opcheck(backward, (dout, dlse, q, k, v, out, lse, *inputs[3:]), test_utils=tests)
+    out, lse, norm = forward(*inputs)
+    torch.library.opcheck(backward, (dout, dlse, q, k, v, out, lse, norm, *inputs[3:]), test_utils=tests)
     position_ids = torch.tensor([[0, 1, 0, 1, 2]], device=device)
     torch.library.opcheck(torch.ops.packattn.boundaries.default, (position_ids, position_ids >= 0), test_utils=tests)
 
@@ -177,8 +177,8 @@ def test_law_6_the_path_without_a_compiler_is_linear_in_the_tokens():
         q, k, v, _, dout, dlse = Case("", [tokens], heads_q=2).tensors(torch.float32, "cpu")
         mask = PackedMask.causal(lengths=[tokens])
         with LargestTensor() as seen:
-            out, lse = blocked.forward(q, k, v, *mask, None, None, None, None, 0.25, 0.0, 0.0)
-            blocked.backward(dout, dlse, q, k, v, out, lse, *mask, None, None, None, None, 0.25, 0.0, 0.0)
+            out, lse, norm = blocked.forward(q, k, v, *mask, None, None, None, None, 0.25, 0.0, 0.0)
+            blocked.backward(dout, dlse, q, k, v, out, lse, norm, *mask, None, None, None, None, 0.25, 0.0, 0.0)
         largest[tokens] = seen.numel
     assert largest[2048] <= 2 * largest[1024]
     assert largest[2048] < 2048 * 2048

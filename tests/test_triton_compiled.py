@@ -93,6 +93,15 @@ def test_compiled_float16_and_float32_are_accurate(dtype, case, emulator):
     check_accuracy(case, "triton", dtype, "cpu")
 
 
+@pytest.mark.parametrize("lengths", [[20, 1, 45, 30], [1] * 40], ids=["sequences", "one-token-sequences"])
+@pytest.mark.parametrize(
+    ("dtype", "magnitude"), [(torch.float32, 1e4), (torch.bfloat16, 1e4), (torch.float16, 1e3)], ids=str
+)
+def test_large_scores_are_accurate(dtype, magnitude, lengths, emulator):
+    case = Case("", lengths, heads_q=3, heads_k=1, head_dim=64, magnitude=magnitude, magnitude_v=1.0)
+    check_accuracy(case, "triton", dtype, "cpu")
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -8,14 +8,15 @@ Equation numbers are those of docs/kernel.md.
     dv_j    = sum_i p_ij dout_i                       (12)   are summed inside
 
 With a cap on the scores, ds is multiplied by its derivative; with dropout, dout . v and the p of dv by the kept mask.
-p is computed again from lse. Both tile kernels visit their span in two loops with one body, as the forward pass does.
+p is computed again as the forward pass had it, from m and 1 / l of each row (`norm`) and not from lse, whose rounding
+would show where scores are large (13); where a row has no keys m is +inf and p is 0. Both tile kernels visit their span
+in two loops with one body, as the forward pass does.
 """
 
 import triton
 import triton.language as tl
 
 from packattn.kernels.tile import (
-    LOG2E,
     NEVER,
     add_dot,
     dot_transposed,
@@ -34,10 +35,9 @@ from packattn.kernels.tile import (
 
 @triton.jit(do_not_specialize=["tokens"])
 def _bwd_delta_kernel(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, stride_ot, stride_oh, stride_dot, stride_doh, tokens,
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr, stride_ot, stride_oh, stride_dot, stride_doh, tokens,
     HEAD_DIM_V: tl.constexpr, PARTS_V: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse in base 2 with +inf for rows without keys, whose p is then 0."""
     m0, head = tl.program_id(0) * BLOCK_M, tl.cast(tl.program_id(1), tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
     inside = m0 + offs_m < tokens
@@ -52,8 +52,6 @@ def _bwd_delta_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + where, mask=inside, other=0.0)
     tl.store(delta_ptr + where, delta, mask=inside)
-    lse = tl.load(lse_ptr + where, mask=inside, other=0.0)
-    tl.store(lse2_ptr + where, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=inside)
 
 
 @triton.jit
@@ -63,7 +61,7 @@ def _accumulate_dq(
     HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq / scale from the keys [lo, hi) in blocks; with MASKED, of which [gap, gap + gap_length) are left out."""
-    token, head, row_start, row_end, lse2, delta, slope, anchor = rows
+    token, head, row_start, row_end, m_i, inverse, delta, slope, anchor = rows
     k_base, v_base, stride_kt, stride_vt, tokens_k = keys
     scale, softcap, seed, threshold, keep_scale = options
     offs_n = tl.arange(0, BLOCK_N)
@@ -81,7 +79,7 @@ def _accumulate_dq(
         )
         if MASKED:
             s = tl.where(visible(row_start, row_end, key), s, float("-inf"))
-        p = tl.exp2(s * unit - lse2[:, None])
+        p = tl.exp2(s * unit - m_i[:, None]) * inverse[:, None]
         dp = dot_transposed(dout, v, PRECISION)
         if HAS_DROPOUT:
             kept = keep_mask(seed, token[:, None], key[None, :], head[:, None], threshold)
@@ -93,12 +91,12 @@ def _accumulate_dq(
 
 @triton.jit(do_not_specialize=["tokens", "tokens_k", "heads_k", "scale", "softcap", "threshold", "keep_scale"])
 def _bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, k_start_ptr, k_end_ptr, order_ptr, slopes_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, norm_ptr, delta_ptr, dq_ptr, k_start_ptr, k_end_ptr, order_ptr, slopes_ptr,
     anchors_ptr, seed_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     stride_dqt, stride_dqh, stride_sh, stride_st, tokens, tokens_k, heads_k, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM_V: tl.constexpr, PARTS_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     tile, head_k = program_tile(order_ptr, heads_k, HAS_ORDER)
     m0 = tile * BLOCK_M // GROUP
@@ -114,8 +112,11 @@ def _bwd_dq_kernel(
     q = load_tile(q_ptr + at * stride_qt + head0 * stride_qh, q_rows, 1, inside, HEAD_DIM, PARTS, True)
     dout_base = dout_ptr + at * stride_dot + head0 * stride_doh
     dout = load_tile(dout_base, dout_rows, 1, inside, HEAD_DIM_V, PARTS_V, True)
+    q, dout = in_registers(q, HELD), in_registers(dout, HELD)
     where = tl.cast(head, tl.int64) * tokens + token
-    lse2 = tl.load(lse2_ptr + where, mask=inside, other=float("inf"))
+    rest = tl.cast(heads_k, tl.int64) * GROUP * tokens
+    m_i = tl.load(norm_ptr + where, mask=inside, other=float("inf"))
+    inverse = tl.load(norm_ptr + where + rest, mask=inside, other=0.0)
     delta = tl.load(delta_ptr + where, mask=inside, other=0.0)
     row_start = tl.load(k_start_ptr + token, mask=inside, other=NEVER)
     row_end = tl.load(k_end_ptr + token, mask=inside, other=0)
@@ -134,7 +135,7 @@ def _bwd_dq_kernel(
     k_base = k_ptr + tl.cast(head_k, tl.int64) * stride_kh
     v_base = v_ptr + tl.cast(head_k, tl.int64) * stride_vh
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
-    rows = (token, head, row_start, row_end, lse2, delta, slope, anchor)
+    rows = (token, head, row_start, row_end, m_i, inverse, delta, slope, anchor)
     keys = (k_base, v_base, stride_kt, stride_vt, tokens_k)
     options = (scale, softcap, seed, threshold, keep_scale)
 
@@ -166,7 +167,7 @@ def _accumulate_dkdv(
     Rows of the score tile are keys, columns queries. With MASKED, [gap, gap + gap_length) are left out.
     """
     key, row_start, row_end = rows
-    q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_qh, stride_dot, stride_doh, tokens = queries
+    q_ptr, dout_ptr, norm_ptr, inverse_ptr, delta_ptr, stride_qt, stride_qh, stride_dot, stride_doh, tokens = queries
     slopes_ptr, anchors_ptr, stride_sh, stride_st = alibi
     scale, softcap, seed, threshold, keep_scale = options
     offs_m = tl.arange(0, BLOCK_M)
@@ -184,10 +185,12 @@ def _accumulate_dkdv(
         dout = load_tile(dout_base, offs_m, stride_dot, inside, HEAD_DIM_V, PARTS_V, MASKED)
         where = head64 * tokens + m + offs_m
         if MASKED:
-            lse2 = tl.load(lse2_ptr + where, mask=inside, other=float("inf"))
+            m_i = tl.load(norm_ptr + where, mask=inside, other=float("inf"))
+            inverse = tl.load(inverse_ptr + where, mask=inside, other=0.0)
             delta = tl.load(delta_ptr + where, mask=inside, other=0.0)
         else:
-            lse2, delta = tl.load(lse2_ptr + where), tl.load(delta_ptr + where)
+            m_i, inverse = tl.load(norm_ptr + where), tl.load(inverse_ptr + where)
+            delta = tl.load(delta_ptr + where)
         slope, anchor = delta, token
         if HAS_ALIBI:
             slope = tl.load(slopes_ptr + head64 * stride_sh + token * stride_st, mask=inside, other=0.0)
@@ -198,7 +201,7 @@ def _accumulate_dkdv(
         )
         if MASKED:
             s = tl.where(visible(row_start, row_end, token), s, float("-inf"))
-        p = tl.exp2(s * unit - lse2[None, :])
+        p = tl.exp2(s * unit - m_i[None, :]) * inverse[None, :]
         dp = dot_transposed(v, dout, PRECISION)
         kept_p = p
         if HAS_DROPOUT:
@@ -213,7 +216,7 @@ def _accumulate_dkdv(
 
 @triton.jit(do_not_specialize=["tokens", "tokens_k", "heads_k", "scale", "softcap", "threshold", "keep_scale"])
 def _bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, q_start_ptr, q_end_ptr, order_ptr, slopes_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr, q_start_ptr, q_end_ptr, order_ptr, slopes_ptr,
     anchors_ptr, seed_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     stride_dks, stride_dkt, stride_dkh, stride_dvs, stride_dvt, stride_dvh, stride_sh, stride_st, tokens, tokens_k,
     heads_k, scale, softcap, threshold, keep_scale, GROUP: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -233,8 +236,7 @@ def _bwd_dkdv_kernel(
     inside = key < tokens_k
     k = load_tile(k_ptr + at * stride_kt + kv * stride_kh, offs_n, stride_kt, inside, HEAD_DIM, PARTS, True)
     v = load_tile(v_ptr + at * stride_vt + kv * stride_vh, offs_n, stride_vt, inside, HEAD_DIM_V, PARTS_V, True)
-    if HELD:
-        k, v = in_registers(k), in_registers(v)
+    k, v = in_registers(k, HELD), in_registers(v, HELD)
     row_start = tl.load(q_start_ptr + key, mask=inside, other=0)
     row_end = tl.load(q_end_ptr + key, mask=inside, other=0)
 
@@ -248,7 +250,8 @@ def _bwd_dkdv_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     head0 = head_k * GROUP + (part % SPLIT) * HEADS
     rows = (key, row_start, row_end)
-    queries = (q_ptr, dout_ptr, lse2_ptr, delta_ptr, stride_qt, stride_qh, stride_dot, stride_doh, tokens)
+    inverse_ptr = norm_ptr + tl.cast(heads_k, tl.int64) * GROUP * tokens
+    queries = (q_ptr, dout_ptr, norm_ptr, inverse_ptr, delta_ptr, stride_qt, stride_qh, stride_dot, stride_doh, tokens)
     alibi = (slopes_ptr, anchors_ptr, stride_sh, stride_st)
     options = (scale, softcap, seed, threshold, keep_scale)
 

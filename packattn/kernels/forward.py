@@ -14,6 +14,8 @@ may begin within a token and straddle sequences. Its keys are visited in two loo
 
 m_i  running maximum of a row's scores, base 2      l_i  running sum of exp2(s - m_i)
 acc  running sum of exp2(s - m_i) v                 n    first key of a block of BLOCK_N
+
+m and 1 / l stay beside lse for the backward pass (13).
 """
 
 import triton
@@ -25,6 +27,7 @@ from packattn.kernels.tile import (
     NEVER,
     add_dot,
     dot_transposed,
+    in_registers,
     keep_mask,
     keep_rows,
     load_tile,
@@ -79,12 +82,13 @@ def _attend(
 
 @triton.jit(do_not_specialize=["tokens", "tokens_k", "heads_k", "scale", "softcap", "threshold", "keep_scale"])
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, k_start_ptr, k_end_ptr, order_ptr, sinks_ptr, slopes_ptr, anchors_ptr,
-    seed_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_sh,
-    stride_st, tokens, tokens_k, heads_k, scale, softcap, threshold, keep_scale, GROUP: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, norm_ptr, k_start_ptr, k_end_ptr, order_ptr, sinks_ptr, slopes_ptr,
+    anchors_ptr, seed_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    stride_sh, stride_st, tokens, tokens_k, heads_k, scale, softcap, threshold, keep_scale, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM_V: tl.constexpr, PARTS_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     tile, head_k = program_tile(order_ptr, heads_k, HAS_ORDER)
     m0 = tile * BLOCK_M // GROUP
@@ -97,6 +101,7 @@ def _fwd_kernel(
     at, head0 = tl.cast(m0, tl.int64), tl.cast(head_k, tl.int64) * GROUP
     q_rows = row // GROUP * stride_qt + tl.cast(row % GROUP, tl.int64) * stride_qh
     q = load_tile(q_ptr + at * stride_qt + head0 * stride_qh, q_rows, 1, inside, HEAD_DIM, PARTS, True)
+    q = in_registers(q, HELD)
     # Rows outside see nothing and are never stored.
     row_start = tl.load(k_start_ptr + token, mask=inside, other=NEVER)
     row_end = tl.load(k_end_ptr + token, mask=inside, other=0)
@@ -142,9 +147,12 @@ def _fwd_kernel(
         acc = scale_tile(acc, alpha)
         l_i = l_i * alpha + tl.exp2(sink - shift)
         m_i = m_new
-    # A row without keys and sink has l = 0: out = 0, lse = -inf.
-    lse = (m_i + tl.log2(l_i)) * LN2
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * tokens + token, lse, mask=inside)
+    # A row without keys and sink has l = 0: out = 0, lse = -inf, and m = inf makes its p 0 in the backward pass.
+    inverse = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)
+    where = tl.cast(head, tl.int64) * tokens + token
+    tl.store(lse_ptr + where, (m_i + tl.log2(l_i)) * LN2, mask=inside)
+    tl.store(norm_ptr + where, tl.where(l_i == 0.0, float("inf"), m_i), mask=inside)
+    tl.store(norm_ptr + where + tl.cast(heads_k, tl.int64) * GROUP * tokens, inverse, mask=inside)
     out_rows = row // GROUP * stride_ot + tl.cast(row % GROUP, tl.int64) * stride_oh
     out_base = out_ptr + at * stride_ot + head0 * stride_oh
-    store_tile(out_base, out_rows, 1, inside, acc, 1.0 / tl.where(l_i == 0.0, 1.0, l_i), HEAD_DIM_V, PARTS_V)
+    store_tile(out_base, out_rows, 1, inside, acc, inverse, HEAD_DIM_V, PARTS_V)

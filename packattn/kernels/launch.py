@@ -197,7 +197,7 @@ def _tile_options(tile: Tile, shared: dict[str, Any]) -> dict[str, Any]:
     return {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "PARTS": parts_of(shared["HEAD_DIM"], tile.width), "PARTS_V": parts_of(shared["HEAD_DIM_V"], tile.width),
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages, "HELD": tile.held,
     }  # fmt: skip
 
 
@@ -205,29 +205,30 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor,
     order: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None, anchors: Tensor | None,
     seed: Tensor | None, softmax_scale: float, softcap: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator `attention_forward_triton`; arguments as in `packattn.schemas`."""
     _check(q, k, v)
     tokens, heads, _ = q.shape
     out = q.new_empty(tokens, heads, v.shape[2])
     lse = q.new_empty(heads, tokens, dtype=torch.float32)
+    norm = lse.new_empty(2, heads, tokens)
     if tokens == 0:
-        return out, lse
+        return out, lse, norm
     made = _plan_of(q, k, v)
     tiles = _order_of(order, made, tokens, k.shape[0])[0]
     shared = _shared(q, k, v, alibi_slopes, anchors, seed, softmax_scale, softcap, dropout_p)
     with _on(q.device):
         _fwd_kernel[(made.tiles(tokens, k.shape[0])[0] * k.shape[1],)](
-            q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, k_start_ptr=k_start, k_end_ptr=k_end,
-            order_ptr=tiles, sinks_ptr=sinks, stride_ot=out.stride(0), stride_oh=out.stride(1),
+            q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, norm_ptr=norm, k_start_ptr=k_start,
+            k_end_ptr=k_end, order_ptr=tiles, sinks_ptr=sinks, stride_ot=out.stride(0), stride_oh=out.stride(1),
             HAS_ORDER=tiles is not None, HAS_SINKS=sinks is not None, **shared, **_tile_options(made.forward, shared),
         )  # fmt: skip
-    return out, lse
+    return out, lse, norm
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, k_start: Tensor,
-    k_end: Tensor, q_start: Tensor, q_end: Tensor, order: Tensor | None, sinks: Tensor | None,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, norm: Tensor,
+    k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor, order: Tensor | None, sinks: Tensor | None,
     alibi_slopes: Tensor | None, anchors: Tensor | None, seed: Tensor | None, softmax_scale: float, softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -236,21 +237,21 @@ def backward(
     tokens, heads, _ = q.shape
     tokens_k, heads_k, _ = k.shape
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    delta = torch.empty_like(lse)
     made = _plan_of(q, k, v)
     _, tiles_q, tiles_k = _order_of(order, made, tokens, tokens_k)
     shared = _shared(q, k, v, alibi_slopes, anchors, seed, softmax_scale, softcap, dropout_p)
     saved = {
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout, "lse2_ptr": lse2, "delta_ptr": delta,
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout, "norm_ptr": norm, "delta_ptr": delta,
         "stride_dot": dout.stride(0), "stride_doh": dout.stride(1),
     }  # fmt: skip
     with _on(q.device):
         if tokens > 0:
             options = _tile_options(made.dq, shared)
             _bwd_delta_kernel[(_blocks(tokens, _DELTA_ROWS), heads)](
-                out, dout, lse, None if dlse is None else dlse.contiguous(), lse2, delta, out.stride(0),
-                out.stride(1), dout.stride(0), dout.stride(1), tokens, HEAD_DIM_V=v.shape[2],
-                PARTS_V=options["PARTS_V"], BLOCK_M=_DELTA_ROWS, HAS_DLSE=dlse is not None,
+                out, dout, None if dlse is None else dlse.contiguous(), delta, out.stride(0), out.stride(1),
+                dout.stride(0), dout.stride(1), tokens, HEAD_DIM_V=v.shape[2], PARTS_V=options["PARTS_V"],
+                BLOCK_M=_DELTA_ROWS, HAS_DLSE=dlse is not None,
             )  # fmt: skip
             _bwd_dq_kernel[(made.tiles(tokens, tokens_k)[1] * heads_k,)](
                 dq_ptr=dq, k_start_ptr=k_start, k_end_ptr=k_end, order_ptr=tiles_q, stride_dqt=dq.stride(0),
@@ -266,7 +267,7 @@ def backward(
             _bwd_dkdv_kernel[(made.tiles(tokens, tokens_k)[2] * heads_k * split,)](
                 dk_ptr=shares[0], dv_ptr=shares[1], q_start_ptr=q_start, q_end_ptr=q_end, order_ptr=tiles_k,
                 stride_dks=dks, stride_dkt=dkt, stride_dkh=dkh, stride_dvs=dvs, stride_dvt=dvt, stride_dvh=dvh,
-                SPLIT=split, HELD=made.dkdv.held, HAS_ORDER=tiles_k is not None, **saved, **shared,
+                SPLIT=split, HAS_ORDER=tiles_k is not None, **saved, **shared,
                 **_tile_options(made.dkdv, shared),
             )  # fmt: skip
             if split > 1:

@@ -2,8 +2,8 @@
 
 The rows below are written by `python -m benchmarks.tiles`, which compiles the candidates for every target and ranks
 them by what the compiler and the disassembler report; on a machine with a GPU `--time` ranks them by the clock. An
-entry is BLOCK_M x BLOCK_N / warps / stages / widest part of the head dim, and a + where dK/dV holds k and v in
-registers.
+entry is BLOCK_M x BLOCK_N / warps / stages / widest part of the head dim, and after a + how many of the parts a program
+holds in registers.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,8 @@ import triton
 class Tile(NamedTuple):
     """BLOCK_M query rows and BLOCK_N keys, how Triton schedules them, the widest part of the head dim.
 
-    held: dK/dV holds k and v in registers, where there is room and shared memory is what limits it.
+    held: parts of its own rows (q; q and dout; k and v) that a program holds in registers, where there is room and shared
+    memory is what limits it.
     """
 
     block_m: int
@@ -23,20 +24,20 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     width: int
-    held: bool = False
+    held: int = 0
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}/{self.num_warps}/{self.num_stages}/{self.width}{'+' * self.held}"
+        held = f"+{self.held}" if self.held else ""
+        return f"{self.block_m}x{self.block_n}/{self.num_warps}/{self.num_stages}/{self.width}{held}"
 
     @classmethod
     def read(cls, text: str) -> "Tile":
         """The tile that str() wrote.
 
-        >>> Tile.read("16x32/1/2/32+")
-        Tile(block_m=16, block_n=32, num_warps=1, num_stages=2, width=32, held=True)
+        >>> Tile.read("16x32/1/2/32+2")
+        Tile(block_m=16, block_n=32, num_warps=1, num_stages=2, width=32, held=2)
         """
-        block_m, block_n, num_warps, num_stages, width = map(int, text.rstrip("+").replace("x", "/").split("/"))
-        return cls(block_m, block_n, num_warps, num_stages, width, text.endswith("+"))
+        return cls(*map(int, text.replace("x", "/").replace("+", "/").split("/")))
 
 
 Key = tuple[str, str, str, str, int]  # an entry of the table: family, pass, width of numbers, grouping, column
@@ -46,16 +47,16 @@ DIMS = (16, 32, 64, 96, 128, 160, 192, 256, 576)
 
 _ROWS = """
 family pass    dtype  group                16              32              64              96             128             160             192             256             576
-sm80   forward 16-bit alone      64x64/4/3/64    64x32/2/3/64    64x32/2/3/64   128x32/4/2/64    64x32/4/2/64    64x32/4/2/64    64x32/8/2/64    64x16/8/2/64    16x32/4/1/64
-sm80   forward 16-bit grouped   128x64/8/2/64   128x64/4/3/64   128x32/4/3/64   128x32/4/2/64   128x16/4/3/64   128x32/8/2/64    64x32/8/2/64    64x16/8/2/64    16x32/4/1/64
+sm80   forward 16-bit alone      64x64/4/3/64    64x32/2/3/64  64x32/2/3/32+2  64x16/2/3/32+3  64x16/2/3/32+2    64x32/4/2/64    64x32/8/2/64    64x16/8/2/64    16x32/4/1/64
+sm80   forward 16-bit grouped   128x64/8/2/64   128x64/4/3/64 128x32/4/2/32+2  64x16/2/3/32+3 128x16/4/2/32+2   128x32/8/2/64    64x32/8/2/64    64x16/8/2/64    16x32/4/1/64
 sm80   forward 32-bit alone      64x32/4/1/64    64x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x16/4/1/64    32x16/4/1/64    16x16/4/1/64
 sm80   forward 32-bit grouped    64x32/4/1/64    64x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x16/4/1/64    32x16/4/1/64    16x16/4/1/64
-sm80   dq      16-bit alone      64x32/2/3/64    64x32/2/3/64    64x32/2/3/64   128x32/4/2/64    64x64/4/2/64    64x32/4/2/64   64x32/4/2/128    64x16/8/2/64    16x32/4/1/64
-sm80   dq      16-bit grouped    64x32/2/3/64    64x32/2/3/64   128x32/4/3/64   128x32/4/2/64   128x16/4/3/64   128x32/8/2/64   128x32/8/2/64    64x16/8/2/64    16x32/4/1/64
+sm80   dq      16-bit alone      64x32/2/3/64    64x32/2/3/64  64x32/2/3/32+2  64x16/2/3/32+2  64x32/4/2/32+4    64x32/4/2/64   64x32/4/2/128    64x16/8/2/64    16x32/4/1/64
+sm80   dq      16-bit grouped    64x32/2/3/64    64x32/2/3/64  64x32/2/3/32+2  64x16/2/3/32+2 128x16/4/2/32+1   128x32/8/2/64   128x32/8/2/64    64x16/8/2/64    16x32/4/1/64
 sm80   dq      32-bit alone      64x32/4/1/64    64x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64      8x8/2/1/64
 sm80   dq      32-bit grouped    64x32/4/1/64    64x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64      8x8/2/1/64
-sm80   dkdv    16-bit alone      32x64/2/3/64    32x64/2/3/64   16x32/1/2/32+   16x32/2/2/32+   16x32/2/2/32+   32x64/4/2/128    16x64/8/2/64    32x32/4/2/64   32x16/4/2/128
-sm80   dkdv    16-bit grouped    32x64/2/3/64    32x64/2/3/64   16x32/1/2/32+   16x32/2/2/32+   16x32/2/2/32+   32x64/4/2/128    16x64/8/2/64    32x32/4/2/64   32x16/4/2/128
+sm80   dkdv    16-bit alone      32x64/2/3/64    32x64/2/3/64  16x32/1/2/32+2  16x32/2/2/32+3  16x32/2/2/32+4   32x64/4/2/128    16x64/8/2/64    32x32/4/2/64   32x16/4/2/128
+sm80   dkdv    16-bit grouped    32x64/2/3/64    32x64/2/3/64  16x32/1/2/32+2  16x32/2/2/32+3  16x32/2/2/32+4   32x64/4/2/128    16x64/8/2/64    32x32/4/2/64   32x16/4/2/128
 sm80   dkdv    32-bit alone      32x64/4/1/64    32x64/4/1/64    32x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x16/4/1/64      8x8/2/1/64
 sm80   dkdv    32-bit grouped    32x64/4/1/64    32x64/4/1/64    32x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x16/4/1/64      8x8/2/1/64
 sm86   forward 16-bit alone      64x64/4/3/64    64x16/2/3/64    64x32/4/3/64    64x16/4/2/64    64x16/4/2/64   128x32/8/2/64    64x16/8/2/64    64x16/8/2/64    16x32/4/1/64
@@ -78,8 +79,8 @@ sm90   dq      16-bit alone      64x64/4/3/64    64x64/4/3/64    64x32/4/3/64   
 sm90   dq      16-bit grouped    64x64/4/3/64   128x64/8/2/64    64x32/4/3/64    64x32/4/2/64    64x32/4/2/64    64x32/4/2/64    64x32/4/2/64   128x32/8/2/64    16x32/4/2/64
 sm90   dq      32-bit alone      64x32/4/1/64    64x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64      8x8/2/1/64
 sm90   dq      32-bit grouped    64x32/4/1/64    64x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x32/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64      8x8/2/1/64
-sm90   dkdv    16-bit alone     64x128/4/3/64    64x64/4/3/64    32x64/4/3/64    32x64/4/2/64    32x64/4/2/64    32x64/8/2/64    32x64/8/2/64    32x64/8/2/64    16x16/4/2/64
-sm90   dkdv    16-bit grouped   64x128/4/3/64    64x64/4/3/64    32x64/4/3/64    32x64/4/2/64   16x64/4/2/128    32x64/8/2/64    32x64/8/2/64    32x64/8/2/64    16x16/4/2/64
+sm90   dkdv    16-bit alone      64x64/4/3/64    64x64/4/3/64    32x64/4/3/64    32x64/4/2/64    32x64/4/2/64    32x64/8/2/64    32x64/8/2/64    32x64/8/2/64    16x16/4/2/64
+sm90   dkdv    16-bit grouped    64x64/4/3/64    64x64/4/3/64    32x64/4/3/64    32x64/4/2/64   16x64/4/2/128    32x64/8/2/64    32x64/8/2/64    32x64/8/2/64    16x16/4/2/64
 sm90   dkdv    32-bit alone      32x64/4/1/64    32x64/4/1/64    32x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x16/4/1/64      8x8/2/1/64
 sm90   dkdv    32-bit grouped    32x64/4/1/64    32x64/4/1/64    32x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x16/4/1/64      8x8/2/1/64
 sm100  forward 16-bit alone      64x64/4/3/64    64x64/4/3/64    64x64/4/3/64    64x64/4/2/64   64x64/4/2/128    64x64/4/2/64    64x64/4/2/64    64x64/4/2/64    16x32/4/1/64
@@ -102,8 +103,8 @@ gfx9   dq      16-bit alone     128x32/4/2/64   128x32/4/2/64    64x32/4/2/64   
 gfx9   dq      16-bit grouped   128x32/4/2/64   128x32/4/2/64    64x32/4/2/64    64x16/4/2/64    64x16/4/2/64    32x16/4/2/64    32x16/4/2/64   32x16/4/2/128    16x16/4/1/64
 gfx9   dq      32-bit alone      64x32/4/1/64    64x32/4/1/64    64x32/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64    16x16/4/1/64
 gfx9   dq      32-bit grouped    64x32/4/1/64    64x32/4/1/64    64x32/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64    32x16/4/1/64    16x16/4/1/64
-gfx9   dkdv    16-bit alone      64x64/4/2/64   32x128/4/2/64    32x64/4/2/64    16x64/4/2/64    16x64/4/2/64   16x64/8/2/128   16x64/8/2/128    16x32/4/2/64    16x16/4/1/64
-gfx9   dkdv    16-bit grouped    64x64/4/2/64   32x128/4/2/64    32x64/4/2/64    16x64/4/2/64    16x64/4/2/64   16x64/8/2/128    16x32/4/2/64    16x32/4/2/64    16x16/4/1/64
+gfx9   dkdv    16-bit alone      32x64/4/2/64   32x128/4/2/64    32x64/4/2/64    16x64/4/2/64    16x64/4/2/64   16x64/8/2/128   16x64/8/2/128    16x32/4/2/64    16x16/4/1/64
+gfx9   dkdv    16-bit grouped    32x64/4/2/64   32x128/4/2/64    32x64/4/2/64    16x64/4/2/64    16x64/4/2/64   16x64/8/2/128    16x32/4/2/64    16x32/4/2/64    16x16/4/1/64
 gfx9   dkdv    32-bit alone      32x64/4/1/64    32x64/4/1/64    32x64/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x16/4/1/64    16x16/4/1/64
 gfx9   dkdv    32-bit grouped    32x64/4/1/64    32x64/4/1/64    32x64/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x32/4/1/64    16x16/4/1/64    16x16/4/1/64
 """

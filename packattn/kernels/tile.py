@@ -81,17 +81,20 @@ def keep_rows(tile, kept):
 
 
 @triton.jit
-def in_registers(tile):
-    """The tile as its product with the identity, which is exact: an operand of later products that needs no reading.
+def in_registers(tile, HELD: tl.constexpr):
+    """The tile, HELD of its parts as products with the identity, which are exact: operands that need no reading.
 
     What is loaded for a loop Triton keeps in shared memory and reads again in every step. An accumulator lies in
     registers as an operand does.
     """
     parts = ()
     for i in tl.static_range(len(tile)):
-        d = tl.arange(0, tile[i].shape[1])
-        identity = (d[:, None] == d[None, :]).to(tile[i].dtype)
-        parts = parts + (tl.dot(tile[i], identity).to(tile[i].dtype),)
+        part = tile[i]
+        if i < HELD:
+            d = tl.arange(0, part.shape[1])
+            identity = (d[:, None] == d[None, :]).to(part.dtype)
+            part = tl.dot(part, identity).to(part.dtype)
+        parts = parts + (part,)
     return parts
 
 
