@@ -35,9 +35,10 @@ demo: setup
 	$(BIN)/python -m benchmarks.demo
 
 # Twice: the compiled kernels and everything else, then the Triton kernels in Triton's interpreter.
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
 test: setup
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS)
 
 gate: setup
 	$(BIN)/python -m benchmarks.gate
