@@ -16,6 +16,7 @@ from benchmarks.emulated import KERNELS, emulate, launches
 from packattn import PackedMask, attention
 from packattn.attention import PackedAttention
 from packattn.kernels import launch
+from packattn.kernels.table import DIMS
 from packattn.selftest import Case, assert_accurate, check_accuracy, check_isolation, packed, run, truth_and_naive
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -233,12 +234,19 @@ def test_the_order_of_the_tiles_is_by_work_and_changes_no_bit(emulator, monkeypa
 
 
 def test_an_order_of_another_shape_is_left_alone(emulator, monkeypatch):
-    # As many tiles in all, (1, 1, 4) and (2, 2, 2): each pass would take tiles of another.
+    # One with as many tiles in all, as (2, 4, 2) and (2, 2, 4): each pass would take tiles of another.
     monkeypatch.setattr(attention, "default_backend", lambda device, dtype: "triton")
     mask = PackedMask.causal(lengths=[100, 28])
-    other = packattn.schedule(mask, heads_q=1, heads_k=1, head_dim=96, dtype=torch.bfloat16)
-    assert len(other.order.tiles) == sum(launch.plan(1, 1, 32, 32, torch.bfloat16, torch.device("cpu")).tiles(128, 128))
-    assert_no_bit_changes(Case("", [100, 28], heads_q=1, heads_k=1, head_dim=32), mask, other)
+
+    def tiles(heads, dim):
+        return launch.plan(heads, 1, dim, dim, torch.bfloat16, torch.device("cpu")).tiles(128, 128)
+
+    own = tiles(2, 32)
+    shapes = [(n, dim) for dim in DIMS for n in range(1, 9) if tiles(n, dim) != own and sum(tiles(n, dim)) == sum(own)]
+    heads, dim = shapes[0]
+    other = packattn.schedule(mask, heads_q=heads, heads_k=1, head_dim=dim, dtype=torch.bfloat16)
+    assert len(other.order.tiles) == sum(own)
+    assert_no_bit_changes(Case("", [100, 28], heads_q=2, heads_k=1, head_dim=32), mask, other)
 
 
 def assert_no_bit_changes(case, *masks):
