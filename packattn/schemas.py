@@ -9,6 +9,8 @@ _OPTIONS = (
     "Tensor? sinks, Tensor? alibi_slopes, Tensor? anchors, Tensor? seed,"
     " float softmax_scale, float softcap, float dropout_p"
 )
+# norm is what the backward pass needs beside lse: of triton (2, heads_q, tokens) float32, the maximum in base 2 (+inf
+# where a query sees nothing) and one over the sum of (13) in docs/kernel.md; of the others, which take lse, empty.
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_SPANS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor norm)"
 _BACKWARD = (
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor norm,"
