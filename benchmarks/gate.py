@@ -68,42 +68,42 @@ class Allowed(NamedTuple):
     dtypes: tuple[str, ...]
     head_dims: range  # of queries and keys
     features: tuple[str, ...]
+    targets: tuple[int | str, ...]
     bytes: int  # spills of a thread
     across: bool  # warps lie along the head dim: barriers, stores and mma.sync in the main loop
     reason: str
 
 
-HALF, ANY = ("bf16", "fp16"), tuple(FEATURES)
-ALLOWED = (
+HALF, ANY, ALL = ("bf16", "fp16"), tuple(FEATURES), tuple(GPUS)
+_SHARED = "16 rows of dk and dv of 256 columns are 256 registers of a warp: the warps have to share the head dim"
+_WIDE = "dk and dv take 160 to 192 of the 255 registers; tiles of half as many queries, without spills, cost more"
+_FULL = "accumulators and operands fill the 255 registers; bounds and addresses wait in local memory"
+ALLOWED = (  # the first that fits a row
     Allowed(
-        ("forward", "dq", "dkdv"), HALF, range(257, 577), ("",), 80, True,
+        ("forward", "dq", "dkdv"), HALF, range(257, 577), ("",), ALL, 80, True,
         "16 rows of 512 accumulators are 256 registers of a warp: the warps have to share the head dim",
     ),
+    Allowed(("dkdv",), HALF, range(193, 257), ("",), (90,), 200, True, _SHARED),
+    Allowed(("dkdv",), HALF, range(193, 257), ("",), ALL, 48, True, _SHARED),
+    Allowed(("dkdv",), HALF, range(129, 193), ("",), (90,), 168, False, _WIDE),
+    Allowed(("dkdv",), HALF, range(129, 193), ("",), ("gfx942", "gfx950"), 104, False, _WIDE),
+    Allowed(("dkdv",), HALF, range(129, 193), ("",), ALL, 72, False, _WIDE),
     Allowed(
-        ("dkdv",), HALF, range(193, 257), ("",), 200, True,
-        "16 rows of dk and dv of 256 columns are 256 registers of a warp: the warps have to share the head dim",
+        ("dq", "dkdv"), HALF, range(16, 257), ("dropout",), ALL, 168, False,
+        "the ten rounds of Philox, four words a score",
     ),
+    Allowed(("dkdv",), HALF, range(97, 129), ("",), (90,), 88, False, _FULL),
+    Allowed(("dq", "dkdv"), HALF, range(16, 257), ("", *ANY), ALL, 64, False, _FULL),
     Allowed(
-        ("dkdv",), HALF, range(129, 193), ("",), 168, False,
-        "dk and dv take 160 to 192 of the 255 registers; tiles of half as many queries, without spills, cost more",
-    ),
-    Allowed(
-        ("dq", "dkdv"), HALF, range(16, 257), ("dropout",), 200, False, "the ten rounds of Philox, four words a score"
-    ),
-    Allowed(
-        ("dq", "dkdv"), HALF, range(16, 257), ("", *ANY), 88, False,
-        "accumulators and operands fill the 255 registers; bounds and addresses wait in local memory",
-    ),
-    Allowed(
-        ("dkdv",), ("fp32",), range(33, 65), ("",), 344, False,
+        ("dkdv",), ("fp32",), range(33, 65), ("",), ALL, 344, False,
         "40 = 32 + 16: two widths of unrolled multiply-adds, whose operands ptxas loads ahead",
     ),
     Allowed(
-        ("forward", "dq", "dkdv"), ("fp32",), range(16, 257), ("",), 32, False,
+        ("forward", "dq", "dkdv"), ("fp32",), range(16, 257), ("",), ALL, 32, False,
         "unrolled multiply-adds, whose operands ptxas loads ahead",
     ),
     Allowed(
-        ("dq", "dkdv"), ("fp32",), range(257, 577), ("",), 3680, False,
+        ("dq", "dkdv"), ("fp32",), range(257, 577), ("",), ALL, 1240, False,
         "gfx9 keeps both matrices in registers; float32 at these head dims is for checks, not for training",
     ),
 )  # fmt: skip
@@ -162,8 +162,9 @@ def measure(row: Row, tile: table.Tile | None = None) -> dict[str, Any]:
 def allowed(row: Row) -> Allowed | None:
     """The entry of ALLOWED for a row, the first that fits."""
     for entry in ALLOWED:
-        fits = row.kernel in entry.kernels and row.dtype in entry.dtypes and row.head_dim in entry.head_dims
-        if fits and row.feature in entry.features:
+        sets = (entry.kernels, entry.dtypes, entry.head_dims, entry.features, entry.targets)
+        values = (row.kernel, row.dtype, row.head_dim, row.feature, row.target)
+        if all(value in among for value, among in zip(values, sets, strict=True)):
             return entry
     return None
 
