@@ -33,7 +33,7 @@ def flash_attn_varlen_func(
     Args:
         q: (total_q, heads_q, head_dim). k: (total_k, heads_k, head_dim). v: (total_k, heads_k, head_dim_v).
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), where each sequence begins, and the end of the last. Queries
-            after the last sequence get 0.
+            before the first sequence and after the last get 0.
         max_seqlen_q, max_seqlen_k: not needed; taken so that calls need no change.
         dropout_p, softmax_scale, softcap: as in `packed_attention`.
         causal: each query sees no key after its own place.
@@ -71,12 +71,12 @@ def flash_attn_varlen_func(
         raise ValueError(f"window_size must hold two numbers of at least -1, got {(left, right)}.")
     batch = cu_seqlens_q.numel() - 1
     query = torch.arange(q.shape[0], dtype=cu_seqlens_q.dtype, device=q.device)
-    sequence = torch.searchsorted(cu_seqlens_q[1:], query, right=True)
-    # After the last sequence: a sequence without keys.
-    begin_q = cu_seqlens_q[sequence]
-    begin, end = cu_seqlens_k[sequence], torch.cat([cu_seqlens_k, cu_seqlens_k[-1:]])[sequence + 1]
-    length_q = torch.cat([cu_seqlens_q, cu_seqlens_q[-1:]])[sequence + 1] - begin_q
-    place = begin + (query - begin_q) + (end - begin) - length_q
+    # 1 + its sequence; before the first and after the last there is a sequence without queries and keys.
+    sequence = torch.searchsorted(cu_seqlens_q, query, right=True)
+    (begin_q, end_q), (begin, end) = (
+        (torch.cat([cu[:1], cu])[sequence], torch.cat([cu, cu[-1:]])[sequence]) for cu in (cu_seqlens_q, cu_seqlens_k)
+    )
+    place = begin + (query - begin_q) + (end - begin) - (end_q - begin_q)
     k_start = begin if left < 0 else torch.minimum(torch.maximum(begin, place - left), end)
     k_end = end
     if causal or right >= 0:
@@ -89,7 +89,7 @@ def flash_attn_varlen_func(
             raise ValueError(
                 f"alibi_slopes must have shape ({q.shape[1]},) or ({batch}, {q.shape[1]}), got {tuple(slopes.shape)}."
             )
-        slopes = slopes[sequence.clamp(max=batch - 1)].T
+        slopes = slopes[(sequence - 1).clamp(0, batch - 1)].T
     out, lse = packed_attention_with_lse(
         q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=slopes,
         alibi_anchors=None if slopes is None else place.int(), dropout_p=dropout_p,

@@ -92,11 +92,14 @@ def test_the_log_sum_exp_comes_with_the_probabilities_asked_for():
     torch.testing.assert_close(lse[:, 0], first.logsumexp(-1))
 
 
-def test_queries_after_the_last_sequence_get_zero():
+@pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (2, 1)}, {}], ids=str)
+def test_queries_of_no_sequence_get_zero_and_keys_of_none_are_not_seen(options):
     q, k, v = inputs()
-    out = flash_attn_varlen_func(q, k, v, cumulative([3, 4]), cumulative([5, 6]), causal=True)
-    assert (out[7:] == 0).all()
-    assert out[:7].abs().min() > 0
+    out = flash_attn_varlen_func(q, k, v, cumulative([3, 4]) + 2, cumulative([5, 6]) + 3, **options)
+    assert (out[:2] == 0).all()
+    assert (out[9:] == 0).all()
+    alone = flash_attn_varlen_func(q[2:9], k[3:14], v[3:14], cumulative([3, 4]), cumulative([5, 6]), **options)
+    torch.testing.assert_close(out[2:9], alone)
 
 
 def test_lengths_are_not_read_on_the_host():
