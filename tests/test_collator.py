@@ -97,17 +97,18 @@ def test_law_10_what_cannot_be_packed_is_named(examples, error, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"start_position": -1}, "start_position must be an int of at least 0, got -1"),
-        ({"pad_to": 0}, "pad_to must be an int of at least 1, got 0"),
-        ({"pad_to_multiple_of": 8.0}, "pad_to_multiple_of must be an int of at least 1, got 8.0"),
-        ({"pad_token_id": None}, "pad_token_id must be an int of at least 0, got None"),
-        ({"pad_to": 8, "pad_to_multiple_of": 8}, "give pad_to or pad_to_multiple_of, not both"),
+        ({"start_position": -1}, ValueError, "start_position must be an int of at least 0, got -1"),
+        ({"start_position": ["a tokenizer"] * 1000}, TypeError, r"start_position must be an int, got .{1,120}$"),
+        ({"pad_to": 0}, ValueError, "pad_to must be an int of at least 1, got 0"),
+        ({"pad_to_multiple_of": 8.0}, TypeError, "pad_to_multiple_of must be an int, got 8.0"),
+        ({"pad_token_id": None}, TypeError, "pad_token_id must be an int, got None"),
+        ({"pad_to": 8, "pad_to_multiple_of": 8}, ValueError, "give pad_to or pad_to_multiple_of, not both"),
     ],
 )
-def test_options_are_checked(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_options_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
         PackingCollator(**options)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packattn.data.values import whole
+
 _IGNORED = -100
 _INTEGERS = ("input_ids", "labels", "position_ids")
 _MADE_HERE = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -56,12 +58,11 @@ class PackingCollator:
     keep_first_labels: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("start_position", 0), ("pad_token_id", 0), ("pad_to", 1), ("pad_to_multiple_of", 1)):
-            value = getattr(self, name)
-            if value is None and name in ("pad_to", "pad_to_multiple_of"):
-                continue
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}.")
+        whole("start_position", self.start_position, 0)
+        whole("pad_token_id", self.pad_token_id, 0)
+        for name in ("pad_to", "pad_to_multiple_of"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), 1)
         if self.pad_to is not None and self.pad_to_multiple_of is not None:
             raise ValueError("give pad_to or pad_to_multiple_of, not both.")
 

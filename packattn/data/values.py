@@ -1,6 +1,7 @@
 """Checks of numbers that users give, and files that are written whole or not at all."""
 
 import os
+import reprlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 def whole(name: str, value: object, least: int, most: int | None = None) -> None:
     """Refuse what is not an int in [least, most]."""
     if type(value) is not int:
-        raise TypeError(f"{name} must be an int, got {value!r}.")
+        raise TypeError(f"{name} must be an int, got {reprlib.repr(value)}.")
     if value < least or (most is not None and value > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be an int {bounds}, got {value}.")
