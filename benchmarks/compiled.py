@@ -85,17 +85,23 @@ class Report(NamedTuple):
 
 
 def source_hash() -> str:
-    """A hash of the kernels' code and of how a head dim becomes parts, comments and docstrings left out."""
+    """A hash of the kernels' code and of how a head dim becomes parts.
+
+    Left out are comments, docstrings, and decorators, which say what a launch is specialised on: not compile_pass.
+    """
     skipped = (tokenize.COMMENT, tokenize.NL)
     digest = hashlib.sha256()
     modules = (Path(module.__file__).read_text() for module in (tile_module, forward, backward))
     for source in (*modules, inspect.getsource(parts_of)):
-        begins = True  # of a statement, where a string is a docstring
+        begins, decorator = True, False  # a statement, where a string is a docstring
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type not in skipped and not (begins and token.type == tokenize.STRING):
+            if token.type in skipped:
+                continue
+            decorator = decorator or (begins and token.string == "@")
+            if not decorator and not (begins and token.type == tokenize.STRING):
                 digest.update(token.string.encode() + b"\0")
-            if token.type not in skipped:
-                begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+            begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+            decorator = decorator and token.type != tokenize.NEWLINE
     return digest.hexdigest()[:16]
 
 

@@ -199,6 +199,22 @@ def test_every_launch_compiles_for_every_target(target, monkeypatch):
         assert kernel.metadata.shared <= GPUS[target].block_shared, kernel.metadata.name
 
 
+@pytest.mark.parametrize("heads_q", [3, 5])
+def test_another_number_of_tokens_compiles_no_kernel_anew(heads_q, monkeypatch):
+    monkeypatch.setattr(attention, "default_backend", lambda device, dtype: "triton")
+    found = []
+    with launches(80, lambda compiled, *_: found.append((compiled.metadata.name, compiled.hash))):
+        for tokens in (40_000, 40_001, 40_111, 40_222, 40_333):
+            q, k, v = inputs(tokens, True, heads_q=heads_q, dim=16)
+            mask = packattn.schedule(
+                PackedMask.causal(lengths=[tokens]), heads_q=heads_q, heads_k=1, head_dim=16, dtype=q.dtype
+            )
+            out = packattn.packed_attention(q, k, v, mask, backend="triton")
+            torch.autograd.grad(out.sum(), (q, k, v))
+    assert len(found) == 5 * 4
+    assert len(set(found)) == 4
+
+
 def test_unaligned_views_are_accurate_in_the_emulator(emulator):
     case = Case("unaligned", [30, 20], heads_q=3, heads_k=1, head_dim=64)
     tensors = case.tensors(torch.bfloat16, "cpu")

@@ -89,7 +89,10 @@ def _accumulate_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=["tokens", "tokens_k", "heads_k", "scale", "softcap", "threshold", "keep_scale"])
+@triton.jit(
+    do_not_specialize=["tokens", "tokens_k", "heads_k", "scale", "softcap", "threshold", "keep_scale"],
+    do_not_specialize_on_alignment=["order_ptr"],
+)
 def _bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, norm_ptr, delta_ptr, dq_ptr, k_start_ptr, k_end_ptr, order_ptr, slopes_ptr,
     anchors_ptr, seed_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
@@ -214,7 +217,10 @@ def _accumulate_dkdv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["tokens", "tokens_k", "heads_k", "scale", "softcap", "threshold", "keep_scale"])
+@triton.jit(
+    do_not_specialize=["tokens", "tokens_k", "heads_k", "scale", "softcap", "threshold", "keep_scale"],
+    do_not_specialize_on_alignment=["order_ptr"],
+)
 def _bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr, q_start_ptr, q_end_ptr, order_ptr, slopes_ptr,
     anchors_ptr, seed_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,

@@ -16,6 +16,9 @@ m_i  running maximum of a row's scores, base 2      l_i  running sum of exp2(s -
 acc  running sum of exp2(s - m_i) v                 n    first key of a block of BLOCK_N
 
 m and 1 / l stay beside lse for the backward pass (13).
+
+Another number of tokens compiles no kernel anew: what batches change is not specialised on, nor how the order of the
+tiles lies in memory, a slice that begins where the orders of other passes end.
 """
 
 import triton
@@ -80,7 +83,10 @@ def _attend(
     return acc, m_i, l_i
 
 
-@triton.jit(do_not_specialize=["tokens", "tokens_k", "heads_k", "scale", "softcap", "threshold", "keep_scale"])
+@triton.jit(
+    do_not_specialize=["tokens", "tokens_k", "heads_k", "scale", "softcap", "threshold", "keep_scale"],
+    do_not_specialize_on_alignment=["order_ptr"],
+)
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, norm_ptr, k_start_ptr, k_end_ptr, order_ptr, sinks_ptr, slopes_ptr,
     anchors_ptr, seed_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
