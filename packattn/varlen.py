@@ -73,9 +73,9 @@ def flash_attn_varlen_func(
     query = torch.arange(q.shape[0], dtype=cu_seqlens_q.dtype, device=q.device)
     # 1 + its sequence; before the first and after the last there is a sequence without queries and keys.
     sequence = torch.searchsorted(cu_seqlens_q, query, right=True)
-    (begin_q, end_q), (begin, end) = (
-        (torch.cat([cu[:1], cu])[sequence], torch.cat([cu, cu[-1:]])[sequence]) for cu in (cu_seqlens_q, cu_seqlens_k)
-    )
+    edges_q, edges_k = (torch.cat([cu[:1], cu, cu[-1:]]) for cu in (cu_seqlens_q, cu_seqlens_k))
+    begin_q, end_q = edges_q[sequence], edges_q[sequence + 1]
+    begin, end = edges_k[sequence], edges_k[sequence + 1]
     place = begin + (query - begin_q) + (end - begin) - (end_q - begin_q)
     k_start = begin if left < 0 else torch.minimum(torch.maximum(begin, place - left), end)
     k_end = end
