@@ -1,7 +1,7 @@
 # make demo          set up .venv, build the extension, run the main job
 # make test          set up if needed, run the tests
 # make check         lint, types and tests
-# make gate          compile every kernel for every target and rewrite benchmarks/gate.csv (half an hour)
+# make gate          compile every kernel for every target and rewrite benchmarks/gate.csv (an hour)
 # make weights       fetch the real weights that some tests use where they are there
 # make test-oldest   a core subset with the oldest supported versions, in an environment of its own
 # make clean         remove what was built, not the environment

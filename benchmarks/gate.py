@@ -1,4 +1,4 @@
-"""The resource gate: `make gate` compiles every row below (about half an hour on two cores) and rewrites gate.csv.
+"""The resource gate: `make gate` compiles every row below (about an hour on two cores) and rewrites gate.csv.
 
 A row is a kernel as the launch table has it for a target, a dtype, head dims and a group size. What the compiler makes
 of it must keep the rules of `broken`; figures that a rule allows with a reason are in ALLOWED. gate.csv carries a hash

@@ -7,7 +7,7 @@ from benchmarks import gate
 from benchmarks.gate import Row
 
 HASH, VERSION, FIGURES = gate.read()
-AGAIN = "run `make gate` (half an hour on two cores) and commit benchmarks/gate.csv"
+AGAIN = "run `make gate` (an hour on two cores) and commit benchmarks/gate.csv"
 
 SAMPLE = [
     Row(80, "forward", "bf16", 64, 64, 4, ""),
