@@ -8,6 +8,7 @@ from torch import Tensor
 from packattn import ops
 from packattn.arguments import described, real, whole
 from packattn.mask import LaunchOrder, PackedMask
+from packattn.requirements import how_to_build
 from packattn.schemas import BACKENDS
 
 Backend = Literal["triton", "cpu", "torch"]
@@ -296,9 +297,7 @@ def _check_backend(backend: str, q: Tensor) -> None:
     reasons = []
     if backend == "cpu":
         if not ops.HAS_C:
-            reasons.append(
-                "packattn._C is not built: install a C++ compiler and run `pip install --no-build-isolation .`"
-            )
+            reasons.append(f"packattn._C is not built: {how_to_build('a C++ compiler')}")
         if q.device.type != "cpu":
             reasons.append(f"the tensors are on {q.device}")
         if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,5 +1,6 @@
 """PackedMask: what each token of a packed stream may see, as one contiguous span of keys per query."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -211,11 +212,25 @@ class PackedMask(NamedTuple):
         keys = torch.arange(self.tokens_k, device=self.k_start.device)
         return (self.k_start[:, None] <= keys) & (keys < self.k_end[:, None])
 
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the mask, queries down and keys across, one colour per key sequence; returns the matplotlib axes."""
+    def plot(self, path: str | os.PathLike[str] | None = None, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw the mask, queries down and keys across, one colour per key sequence; write the picture to `path` where
+        it is given.
+
+        Args:
+            path: a file; its ending says the format.
+            ax: matplotlib axes to draw on; None: a figure of its own.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            TypeError: path or ax is something else.
+            ValueError: more than 16,384 queries or keys.
+        """
         from packattn.plot import plot_mask
 
-        return plot_mask(self, ax)
+        return plot_mask(self, path, ax)
 
     def __repr__(self) -> str:
         sizes = f"queries={self.tokens}, keys={self.tokens_k}"

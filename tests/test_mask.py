@@ -206,13 +206,24 @@ def test_repr_says_what_the_mask_is():
     )
 
 
-def test_plot_draws_every_sequence_in_a_colour_of_its_own(tmp_path):
+def test_plot_draws_every_sequence_in_a_colour_of_its_own():
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("agg")
     ax = PackedMask.causal(lengths=[4, 3, 5]).plot()
     (image,) = ax.get_images()
     drawn = image.get_array()
     assert set(drawn.flatten().tolist()) == {0, 1, 2, 3}
-    ax.figure.savefig(tmp_path / "mask.png")
-    assert (tmp_path / "mask.png").stat().st_size > 1000
     plt.close("all")
+
+
+def test_plot_writes_the_picture_where_it_is_told(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    mask = PackedMask.causal(lengths=[4, 3, 5])
+    ax = mask.plot(tmp_path / "mask.png")
+    assert (tmp_path / "mask.png").stat().st_size > 1000
+    assert ax.get_xlabel() == "key"
+    assert not plt.get_fignums()
+    assert mask.plot(str(tmp_path / "mask.svg"), ax=ax) is ax
+    assert (tmp_path / "mask.svg").read_text().startswith("<?xml")
+    with pytest.raises(TypeError, match=r"path must be the name of a file, got Axes; axes are given by name, ax="):
+        mask.plot(ax)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import packattn
+from packattn.requirements import TESTED
 
 ROOT = Path(packattn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -21,24 +22,25 @@ REPOSITORY = Path(__file__).parent.parent
 ALLOWED = {
     "errors": set(),
     "arguments": set(),
+    "requirements": set(),
     "schemas": set(),
     "ops": {"schemas", "boundaries", "blocked", "kernels", "data"},
     "boundaries": {"arguments", "ops"},
-    "plot": {"mask"},
+    "plot": {"mask", "requirements"},
     "mask": {"arguments", "boundaries", "errors", "plot"},
     "dropout": set(),
     "reference": {"mask", "dropout"},
     "blocked": {"dropout", "ops"},
     "kernels": {"dropout"},
-    "attention": {"arguments", "ops", "mask", "schemas", "kernels"},
+    "attention": {"arguments", "ops", "mask", "schemas", "kernels", "requirements"},
     "varlen": {"arguments", "attention", "boundaries", "mask"},
     "losses": {"arguments", "boundaries"},
-    "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas"},
-    "data": {"ops"},
+    "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas", "requirements"},
+    "data": {"ops", "requirements"},
     "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
-    "info": {"attention", "ops", "schemas", "selftest"},
+    "info": {"attention", "ops", "schemas", "selftest", "requirements"},
     "__init__": {"losses", "attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
-    "__main__": {"info", "selftest", "attention", "errors", "ops", "data", "hf"},
+    "__main__": {"info", "selftest", "attention", "errors", "ops", "data", "hf", "requirements"},
 }
 
 
@@ -81,6 +83,34 @@ def test_importing_packattn_imports_neither_triton_nor_transformers():
     code = "import sys, packattn; print(*({'triton', 'transformers', 'matplotlib'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", ["patch", "Patch", "verify"])
+def test_without_transformers_what_needs_it_names_the_extra(name):
+    """A new process: sys.modules of this one holds transformers."""
+    code = f"import sys; sys.modules['transformers'] = None; import packattn; packattn.PackingCollator; packattn.{name}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = found.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "ImportError: packattn.patch, as packattn.verify, needs transformers, of the extra packattn[hf]"
+    )
+    assert 'pip install "transformers>=' in last
+
+
+def test_no_text_sends_to_an_index_for_packattn_which_is_not_there():
+    """What is installed from its source names the extra in the folder of the source."""
+    for path in [*FILES, *REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]:
+        assert not re.search(r"pip install [\"']?packattn", path.read_text()), path
+
+
+def test_versions_are_said_alike_wherever_they_are_said():
+    readme, project, make = ((REPOSITORY / name).read_text() for name in ("README.md", "pyproject.toml", "Makefile"))
+    project = " ".join(project.replace("#", " ").split())
+    for name, (oldest, newest) in TESTED.items():
+        assert f"{name} {oldest} to {newest}" in readme
+        assert f"{name}>={oldest},<" in project
+        assert f"{name} {newest}" in project
+        assert name == "triton" or f'"{name}=={oldest}.0"' in make  # triton is what that torch brings
 
 
 def test_only_hf_imports_transformers():

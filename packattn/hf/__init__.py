@@ -1,6 +1,11 @@
 """The Hugging Face side: the only part of packattn that imports transformers."""
 
-from transformers import AttentionInterface, AttentionMaskInterface
+from packattn.requirements import missing
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise missing("packattn.patch, as packattn.verify,", "transformers", "hf") from error
 
 from packattn.hf.attention import attention_forward
 from packattn.hf.hooks import NAME
