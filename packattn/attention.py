@@ -203,6 +203,12 @@ def _check_mask(mask: object) -> None:
             f"mask must be a packattn.PackedMask, got {described(mask)}; make one with "
             "PackedMask.causal(packattn.boundaries(position_ids))."
         )
+    for name, ends, other in zip(mask._fields, mask[:4], (mask[1], mask[0], mask[3], mask[2]), strict=False):
+        if not isinstance(ends, Tensor) or ends.dtype != torch.int32 or ends.ndim != 1 or ends.shape != other.shape:
+            raise ValueError(
+                f"mask.{name} must be an int32 tensor of one dimension, as those that PackedMask.from_spans makes, got "
+                f"{described(ends)}."
+            )
 
 
 def check_tensors(q: object, k: object, v: object) -> None:
@@ -268,12 +274,13 @@ def _bias(q: Tensor, alibi_slopes: Tensor | None, alibi_anchors: Tensor | None) 
         return None, None
     if (
         not isinstance(alibi_slopes, Tensor)
+        or not alibi_slopes.dtype.is_floating_point
         or alibi_slopes.shape not in ((heads,), (heads, tokens))
         or alibi_slopes.device != q.device
     ):
         raise ValueError(
-            f"alibi_slopes must be a tensor of shape ({heads},) or ({heads}, {tokens}) on {q.device}, got "
-            f"{described(alibi_slopes)}."
+            f"alibi_slopes must be a floating-point tensor of shape ({heads},) or ({heads}, {tokens}) on {q.device}, "
+            f"got {described(alibi_slopes)}."
         )
     if alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes must not require a gradient, which packed_attention does not give; detach it.")

@@ -56,10 +56,13 @@ def shadowed() -> list[Path]:
 
 def report() -> str:
     """The whole report as text."""
-    others = [(f"shadowed by it: {copy}", "to use that one, run Python in another folder") for copy in shadowed()]
+    first = Path(packattn.__file__).parent.parent
+    others = [f"shadows {copy}, since {first} comes first in sys.path" for copy in shadowed()]
+    if others and first.resolve() == Path.cwd().resolve():
+        others.append("which it does as the current folder: run Python in another one to use what it shadows")
     rows = [
         ("packattn", f"{packattn.__version__}, {Path(packattn.__file__).parent}"),
-        *(("", f"{what}; {then}") for what, then in others),
+        *(("", line) for line in others),
         ("python", platform.python_version()),
         ("torch", f"{_tested('torch', torch.__version__)} (CUDA {torch.version.cuda}, HIP {torch.version.hip})"),
         ("triton", _version("triton", 'no backend "triton"; run `pip install triton`')),

@@ -197,7 +197,7 @@ def _refuse(others: dict[str, Any]) -> None:
             continue
         if name in _REFUSED:
             raise NotImplementedError(f"{name} is not supported: {_REFUSED[name]}.")
-        raise TypeError(f"flash_attn_varlen_func got an argument {name!r}, which no flash-attn of this kind takes.")
+        raise TypeError(f"flash_attn_varlen_func has no argument {name!r}, and neither has flash-attn's.")
 
 
 def _sequences(of: str, cu_seqlens: Tensor, used: Tensor | None, x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -220,7 +220,7 @@ def test_what_is_not_honoured_raises():
             flash_attn_varlen_func(q, k, v, cu_q, cu_k, window_size=size)
     with pytest.raises(ValueError, match="alibi_slopes"):
         flash_attn_varlen_func(q, k, v, cu_q, cu_k, alibi_slopes=torch.ones(5, 4))
-    with pytest.raises(ValueError, match=r"alibi_slopes must be a tensor .* got list"):
+    with pytest.raises(ValueError, match=r"alibi_slopes must be a floating-point tensor .* got list"):
         flash_attn_varlen_func(q, k, v, cu_q, cu_k, alibi_slopes=[0.5] * 4)
     with pytest.raises(ValueError, match=r"learnable_sink must be a floating-point tensor of shape \(4,\)"):
         flash_attn_varlen_func(q, k, v, cu_q, cu_k, learnable_sink=torch.zeros(2))
@@ -232,7 +232,7 @@ def test_what_is_not_honoured_raises():
         flash_attn_varlen_func([q], k, v, cu_q, cu_k)
     with pytest.raises(TypeError, match="dropout_p must be a number, got NoneType"):  # seqused_q of flash-attn 3
         flash_attn_varlen_func(q, k, v, cu_q, cu_k, 37, 50, None)
-    with pytest.raises(TypeError, match="an argument 'colour', which no flash-attn of this kind takes"):
+    with pytest.raises(TypeError, match="has no argument 'colour'"):
         flash_attn_varlen_func(q, k, v, cu_q, cu_k, colour=None)
     for name in ("page_table", "qv", "q_descale", "attention_chunk", "score_mod", "mask_mod", "aux_tensors"):
         with pytest.raises(NotImplementedError, match=f"{name} is not supported: "):
