@@ -4,6 +4,7 @@ Numbers are those of Python and of numpy. A bool is no number, and neither is a 
 device.
 """
 
+import math
 import numbers
 from typing import Any
 
@@ -43,7 +44,10 @@ def real(name: str, value: Any, least: float, most: float, *, none: float | None
     kind = type(value)
     if kind is bool or not issubclass(kind, (*_INTS, *_FLOATS, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {described(value)}.")
-    number: float = value if issubclass(kind, _FLOATS) else float(value)
+    try:
+        number: float = value if issubclass(kind, _FLOATS) else float(value)
+    except OverflowError:
+        number = math.inf if value > 0 else -math.inf
     if not (least <= number <= most or number == none):
         also = "" if none is None else f", or {none:g} for none"
         raise ValueError(f"{name} must be from {least:.10g} to {most:.10g}{also}, got {number}.")

@@ -57,9 +57,8 @@ def shadowed() -> list[Path]:
 def report() -> str:
     """The whole report as text."""
     first = Path(packattn.__file__).parent.parent
-    others = [f"shadows {copy}, since {first} comes first in sys.path" for copy in shadowed()]
-    if others and first.resolve() == Path.cwd().resolve():
-        others.append("which it does as the current folder: run Python in another one to use what it shadows")
+    moved = "; run Python in another folder to use that one" if first.resolve() == Path.cwd().resolve() else ""
+    others = [f"shadows {copy}: {first} comes first in sys.path{moved}" for copy in shadowed()]
     rows = [
         ("packattn", f"{packattn.__version__}, {Path(packattn.__file__).parent}"),
         *(("", line) for line in others),

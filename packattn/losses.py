@@ -173,7 +173,7 @@ def _over(losses: Tensor, count: Tensor | int) -> Tensor:
     if isinstance(count, Tensor):
         if count.numel() != 1 or count.dtype.is_complex or count.dtype == torch.bool:
             raise ValueError(f"count must be one number, got {described(count)}.")
-        count = count.to(losses.device).reshape(())
+        count = count.reshape(())
         count = torch.where(count == 0, 1, count)
     else:
         count = whole("count", count, 0) or 1

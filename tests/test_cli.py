@@ -47,8 +47,7 @@ def test_info_says_which_packattn_it_speaks_of_and_which_it_hides(tmp_path):
 
     report = said(checkout)
     assert re.search(rf"packattn +{packattn.__version__}, {checkout}/packattn\n", report)
-    assert f"shadows {installed}/packattn, since {checkout} comes first in sys.path" in report
-    assert "run Python in another one to use what it shadows" in report
+    assert f"shadows {installed}/packattn: {checkout} comes first in sys.path; run Python in another folder" in report
     report = said(tmp_path)
     assert re.search(rf"packattn +{packattn.__version__}, {installed}/packattn\n", report)
     assert str(checkout) not in report

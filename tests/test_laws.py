@@ -272,6 +272,7 @@ BAD = [
     ({"softcap": -1.0}, ValueError, "softcap must be from .*, or 0 for none, got -1.0"),
     ({"softcap": math.nan}, ValueError, "softcap must be from .*, or 0 for none, got nan"),
     ({"softcap": 1e39}, ValueError, "softcap must be from .*, or 0 for none, got 1e.39"),  # beyond float32
+    ({"softcap": 10**400}, ValueError, "softcap must be from .*, or 0 for none, got inf"),
     ({"softcap": 1e-46}, ValueError, "softcap must be from .*, or 0 for none, got 1e-46"),
     ({"softcap": True}, TypeError, "softcap must be a number, got bool True"),
     ({"softcap": "30"}, TypeError, "softcap must be a number, got str 30"),

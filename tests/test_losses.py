@@ -110,6 +110,20 @@ def test_a_first_label_that_nothing_predicts_is_refused():
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits[0, :2], labels[0, 1:]))
 
 
+def test_law_4_means_read_nothing_on_the_host():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        labels, positions = torch.empty(2, 9, dtype=torch.long), torch.empty(2, 9, dtype=torch.long)
+        losses = packattn.token_losses(torch.empty(2, 9, 5, dtype=torch.bfloat16), labels)
+        means = [
+            packattn.mean_over_tokens(losses, labels),
+            packattn.mean_over_sequences(losses, labels, positions, attention_mask=labels),
+            packattn.mean_over_tokens(losses, labels, count=torch.empty(1, dtype=torch.long)),
+        ]
+    assert all(mean.shape == () and mean.dtype == torch.float32 for mean in means)
+
+
 def test_losses_where_nothing_is_predicted_do_not_count():
     losses = torch.tensor([[1.0, torch.nan, 3.0, 5.0]], requires_grad=True)
     labels, positions = torch.tensor([[4, -100, 4, 4]]), torch.tensor([[0, 1, 0, 1]])

@@ -36,7 +36,7 @@ ALLOWED = {
     "varlen": {"arguments", "attention", "boundaries", "mask"},
     "losses": {"arguments", "boundaries"},
     "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas", "requirements"},
-    "data": {"ops", "requirements"},
+    "data": {"arguments", "ops", "requirements"},
     "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
     "info": {"attention", "ops", "schemas", "selftest", "requirements"},
     "__init__": {"losses", "attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},

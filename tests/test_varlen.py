@@ -198,6 +198,11 @@ def test_lengths_are_not_read_on_the_host():
         q = torch.empty(100, 4, 64, dtype=torch.bfloat16)
         cu = torch.empty(7, dtype=torch.int32)
         assert flash_attn_varlen_func(q, q, q, cu, cu, causal=True).shape == (100, 4, 64)
+        used = torch.empty(6, dtype=torch.int32)
+        options = {"seqused_q": used, "seqused_k": used, "window_size": (4, None), "learnable_sink": torch.empty(4)}
+        out, lse = flash_attn_varlen_func(q, q, q, cu, cu, alibi_slopes=torch.empty(6, 4), return_lse=True, **options)
+        assert out.shape == (100, 4, 64)
+        assert lse.shape == (4, 100)
 
 
 def test_what_is_not_honoured_raises():
