@@ -123,8 +123,7 @@ def flash_attn_varlen_func(
     if right is not None:
         k_end = torch.maximum(torch.minimum(end, place + right + 1), k_start)
     if seqused_q is not None:
-        k_start = torch.where(index < lengths_q[sequence], k_start, end)
-        k_end = torch.maximum(k_end, k_start)
+        k_start = torch.where(index < lengths_q[sequence], k_start, end)  # beyond, k_end is the end already
     mask = PackedMask.from_spans(k_start.int(), k_end.int(), k.shape[0])
     slopes = alibi_slopes
     if isinstance(slopes, Tensor) and slopes.ndim == 2:
