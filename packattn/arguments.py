@@ -25,9 +25,9 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
         ValueError: it is not in [least, most].
     """
     kind = type(value)
-    if kind is bool or not issubclass(kind, (*_INTS, numbers.Integral)):
+    if kind is not int and (kind is bool or not issubclass(kind, (*_INTS, numbers.Integral))):
         raise TypeError(f"{name} must be an int, got {described(value)}.")
-    number: int = value if issubclass(kind, _INTS) else int(value)
+    number: int = value if kind is int or issubclass(kind, _INTS) else int(value)
     if number < least or (most is not None and number > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be an int {bounds}, got {number}.")
@@ -42,10 +42,10 @@ def real(name: str, value: Any, least: float, most: float, *, none: float | None
         ValueError: it is not in [least, most], or not a number.
     """
     kind = type(value)
-    if kind is bool or not issubclass(kind, (*_INTS, *_FLOATS, numbers.Real)):
+    if kind is not float and (kind is bool or not issubclass(kind, (*_INTS, *_FLOATS, numbers.Real))):
         raise TypeError(f"{name} must be a number, got {described(value)}.")
     try:
-        number: float = value if issubclass(kind, _FLOATS) else float(value)
+        number: float = value if kind is float or issubclass(kind, _FLOATS) else float(value)
     except OverflowError:
         number = math.inf if value > 0 else -math.inf
     if not (least <= number <= most or number == none):
