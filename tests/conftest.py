@@ -28,6 +28,13 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend,device", BACKENDS, ids=["-".join(b) for b in BACKENDS])
 
 
+def pytest_ignore_collect(collection_path):
+    """In the interpreter, files without a test of the backends are not even imported."""
+    if INTERPRETING and collection_path.match("test_*.py") and "backend, device" not in collection_path.read_text():
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     if INTERPRETING:
         kept = [item for item in items if "backend" in item.fixturenames]
