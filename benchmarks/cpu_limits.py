@@ -47,8 +47,9 @@ def limits(peak: Peak) -> Iterator[str]:
     ]
     copied, attended = (statistics.median(x) for x in zip(*times, strict=True))
     yield (
-        f"65,536 sequences of 1 token, 8 heads of 64: {attended * 1e3:.1f} ms, {attended / copied:.2f} times a copy of q, k, "
-        f"v and out ({copied * 1e3:.1f} ms)"
+        f"65,536 sequences of 1 token, 8 heads of 64: {attended * 1e3:.1f} ms, "
+        f"{attended / copied:.2f} times a copy of q, "
+        f"k, v and out ({copied * 1e3:.1f} ms)"
     )
     q, k, v, _ = (x.detach() for x in Problem([16], Shape(8, 8, 64), torch.float32).tensors())
     mask = PackedMask.causal(lengths=[16])
@@ -65,8 +66,8 @@ def limits(peak: Peak) -> Iterator[str]:
         taken[name] = median_seconds(call, 2000)
     for name in ("packed_attention", "the operator"):
         yield (
-            f"16 tokens, 8 heads of 64: {name}, {taken[name] * 1e6:.1f} microseconds, {taken[name] / taken['addition']:.1f} "
-            "times torch's sum of q and k"
+            f"16 tokens, 8 heads of 64: {name}, {taken[name] * 1e6:.1f} microseconds, "
+            f"{taken[name] / taken['addition']:.1f} times torch's sum of q and k"
         )
 
 

@@ -10,7 +10,6 @@ from packattn import PackedMask, dropout, reference
 from packattn.attention import PackedAttention
 from packattn.selftest import CASES, Case, assert_accurate, check_accuracy, packed
 
-
 # In Triton's interpreter a token, a head and an element of the head dim cost the most.
 SLOW = (
     "over a thousand tiny; around a tile of 128; one long among short; one sequence; group of 7; head dim 72;"

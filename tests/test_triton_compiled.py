@@ -185,7 +185,7 @@ def inputs(tokens, aligned, heads_q=3, heads_k=1, dim=64, dtype=torch.bfloat16):
     return tensors
 
 
-# A target of each family of the launch table, but for sm80, whose launches are run above, and all that JIT may specialise.
+# Short: a target of each family of the launch table but sm80, whose launches run in the emulator.
 FAMILIES = [(target, True, 16_384) for target in (86, 90, 100, "gfx942")]
 LAUNCHES = [(target, aligned, tokens) for target in GPUS for aligned in (True, False) for tokens in (1, 16_384, 16_385)]
 LAUNCHES = [*FAMILIES, *(pytest.param(*case, marks=pytest.mark.slow) for case in LAUNCHES if case not in FAMILIES)]
