@@ -1,7 +1,8 @@
 """One suite for every backend: `TRITON_INTERPRET=1 pytest` runs the tests of the `backend` fixture through Triton.
 
 The interpreter has to be chosen before triton is imported, and the PTX emulator needs the compiler instead, so there
-are two runs; `make test` makes both. With a GPU the plain run takes the Triton backend on it as well.
+are two runs; `make test` makes both, without what is marked slow. With a GPU the plain run takes the Triton backend on
+it as well.
 """
 
 import os
