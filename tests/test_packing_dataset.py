@@ -207,7 +207,7 @@ def test_a_stream_goes_on_bit_by_bit_wherever_it_was_stopped(kind, tmp_path):
         assert second.state_dict() == first.state_dict()
         assert taken + as_lists(second) == expected
         assert as_lists(second) == expected
-    with pytest.raises(ValueError, match="open_bins=5, this stream has 6"):
+    with pytest.raises(ValueError, match="open_bins=5, this stream has open_bins=6"):
         PackedStream(Source([]), CAPACITY, open_bins=6, max_per_bin=6).load_state_dict(first.state_dict())
 
 
@@ -249,7 +249,7 @@ def test_a_stream_counts_what_it_splits_and_drops():
         ([[1, 2]], {}, TypeError, "example 0 must be a mapping with input_ids, got list"),
         ([], {"open_bins": 0}, ValueError, "open_bins must be an int of at least 1"),
         ([], {"overlong": "cut"}, ValueError, "overlong must be one of error, split, drop"),
-        (iter([]), {}, TypeError, "iterable anew in every epoch, got an iterator"),
+        (iter([]), {}, TypeError, "iterable again in every epoch, got an iterator"),
         (3, {}, TypeError, "examples must be iterable, got int"),
     ],
 )
