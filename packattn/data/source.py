@@ -117,7 +117,8 @@ def _from_the_beginning(dataset: Any) -> Any:
     The steps of its pipeline (`_ex_iterable`) each count what they have read, so all of them are copied. Tokenizers,
     functions and data are not.
     """
-    fresh = copy.copy(dataset)
+    fresh = object.__new__(type(dataset))
+    fresh.__dict__.update(dataset.__dict__)  # copy.copy would share one __dict__ between the two
     fresh._starting_state_dict = None
     fresh._epoch = copy.deepcopy(dataset._epoch)
     fresh._ex_iterable = _steps_copied(dataset._ex_iterable)
