@@ -179,8 +179,8 @@ def _numbers(name: str, field: str, given: object) -> Tensor:
         shown = repr(given)
         raise TypeError(
             f"{name}, field {field!r} must hold one number per token, got {type(given).__name__} "
-            f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({error}); correct or remove the field (Trainer "
-            "removes columns that the model's forward does not take)."
+            f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({error}); correct or remove the field "
+            "(pack_dataset takes columns=[...], those to keep)."
         ) from error
 
 
@@ -201,8 +201,8 @@ def _take_label(name: str, columns: dict[str, Tensor]) -> Tensor | None:
 def _check_shape(where: str, field: str, values: Tensor, ids: Tensor) -> None:
     if values.ndim == 0:
         raise ValueError(
-            f"{where} must hold one value per token, got the single value {values.item()}; remove it. Only the label "
-            "of a whole example can be one value."
+            f"{where} must hold one value per token, got the single value {values.item()}; correct or remove it. "
+            "Only the label of a whole example can be one value."
         )
     if values.ndim != 1:
         raise ValueError(
