@@ -155,6 +155,21 @@ def test_an_example_is_named_by_its_number_in_the_data_set():
         packed.__getitems__(range(10))
 
 
+def test_numbers_that_rows_are_not_written_in_are_refused_and_other_columns_keep_theirs():
+    large = [2**31, 2**40, 0, -(2**33)]
+    with pytest.raises(ValueError, match="field 'labels' holds 1099511627776, rows are written as int32"):
+        as_rows({"input_ids": IDS, "labels": large}, "dataset")
+    for kind in KINDS:
+        assert as_rows({"input_ids": IDS, "hash": large}, kind)["hash"] == large
+
+
+def test_examples_with_other_fields_are_refused_before_the_first_row():
+    with pytest.raises(
+        ValueError, match="example 1 has fields input_ids where example 0 has input_ids, completion_mask"
+    ):
+        pack_dataset([{"input_ids": IDS, "completion_mask": [0, 1, 1, 1]}, {"input_ids": IDS}], 4, progress=False)
+
+
 def test_the_first_labels_of_each_sequence_are_ignored_for_heads_that_look_ahead():
     examples = [
         {"input_ids": IDS, "seq_lengths": [4]},

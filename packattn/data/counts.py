@@ -7,7 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from packattn.data.examples import IGNORED, LABELS, MASKS, READ, mapping_with_tokens, read_example, targets
+from packattn.data.examples import (
+    IGNORED,
+    LABELS,
+    MASKS,
+    READ,
+    Example,
+    check_same,
+    mapping_with_tokens,
+    read_example,
+    targets,
+)
 from packattn.data.values import lengths_tensor
 
 _BATCH = 10_000
@@ -42,8 +52,11 @@ def count_examples(dataset: Any, *, start_position: int = 0, mask_first: int = 1
     else:
         examples = (dataset[index] for index in range(len(dataset)))
     found = torch.empty(2, len(dataset), dtype=torch.int64)
+    first: Example | None = None
     for index, given in enumerate(shown(examples, len(dataset), "counting targets", progress)):
         example = read_example(given, f"example {index}", start_position)
+        first = first or example
+        check_same(example, first)
         found[0, index], found[1, index] = example.tokens, targets(example, mask_first)
     return Counts(*found)
 

@@ -143,7 +143,12 @@ class PackRows:
         return {**self.__dict__, "_opened": None}
 
     def __call__(self, batch: Mapping[str, Any]) -> "pyarrow.Table":
-        """The packed rows of the bins in the one column of `batch`: columns of lists, integers as int32."""
+        """The packed rows of the bins in the one column of `batch`, as columns of lists.
+
+        Raises:
+            TypeError, ValueError: as `PackingCollator`; or input_ids, labels or position_ids are no int32, in which
+                they are written.
+        """
         import pyarrow
 
         (bins,) = batch.values()
@@ -155,7 +160,9 @@ class PackRows:
         with _one_thread():
             rows = pack_rows(dataset, plan, [int(bin_) for bin_ in bins], self.collator)
         # As a table, since Ray would make of arrays a type of its own, which nothing else reads.
-        return pyarrow.table({name: pyarrow.array([_narrow(row[name]).numpy() for row in rows]) for name in rows[0]})
+        return pyarrow.table(
+            {name: pyarrow.array([_narrow(name, row[name]).numpy() for row in rows]) for name in rows[0]}
+        )
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
@@ -328,8 +335,14 @@ def _written(dataset: Any, plan: PackingPlan, collator: PackingCollator, num_pro
             datasets.enable_progress_bars()
 
 
-def _narrow(values: Tensor) -> Tensor:
-    return values.int() if values.dtype == torch.int64 else values
+def _narrow(name: str, values: Tensor) -> Tensor:
+    """Half the bytes for the columns that packing itself makes."""
+    if name not in ("input_ids", "labels", "position_ids"):
+        return values
+    found = values.int()
+    if not torch.equal(found.long(), values):
+        raise ValueError(f"field {name!r} holds {int(values.abs().max())}, rows are written as int32; correct it.")
+    return found
 
 
 @contextlib.contextmanager

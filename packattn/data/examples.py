@@ -87,6 +87,21 @@ def read_example(example: object, name: str, start_position: int = 0) -> Example
     return Example(name, fields, first | columns, label)
 
 
+def check_same(example: Example, first: Example) -> None:
+    """Refuse an example that has other fields than the first one, or a label of another kind."""
+    if {*example.fields} != {*first.fields}:
+        raise ValueError(
+            f"{example.name} has fields {', '.join(example.fields)} where {first.name} has {', '.join(first.fields)}; "
+            "give every example the same fields."
+        )
+    if (example.label is None) != (first.label is None):
+        labelled = first if example.label is None else example
+        raise ValueError(
+            f"{labelled.name}, field 'labels' must hold one value per token, got the single value "
+            f"{labelled.label}; give every example one label, or every token."
+        )
+
+
 def mapping_with_tokens(example: object, name: str) -> Mapping[str, Any]:
     """The example, if it is a mapping with input_ids.
 
