@@ -281,6 +281,11 @@ def test_columns_that_are_not_of_tokens_are_named():
             pack_dataset(datasets.Dataset.from_dict({"input_ids": column}), CAPACITY, progress=False)
     with pytest.raises(ValueError, match="example 1 is empty"):
         pack_dataset(datasets.Dataset.from_dict({"input_ids": [[1], None]}), CAPACITY, progress=False)
+    for several in ({"input_ids": [[1]]}, datasets.DatasetDict({"input_ids": datasets.Dataset.from_list([])})):
+        with pytest.raises(
+            TypeError, match=f"must hold examples, got a {type(several).__name__} of input_ids; give one"
+        ):
+            pack_dataset(several, CAPACITY)
     with pytest.raises(TypeError, match="example 0 must be a mapping with input_ids, got str"):
         pack_dataset(["a"], CAPACITY, progress=False)
 

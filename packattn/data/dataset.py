@@ -76,6 +76,11 @@ def pack_dataset(
         UserWarning: columns are left out; some rows have no target (those of a sequence with `lengths` given, and of a
             stream, are not counted beforehand).
     """
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"dataset must hold examples, got a {type(dataset).__name__} of {', '.join(map(str, dataset))}; give one "
+            "of several data sets, and columns as datasets.Dataset.from_dict(columns)."
+        )
     said: dict[str, Any] = {
         "method": method, "max_per_bin": max_per_bin, "max_square": max_square, "overlong": overlong,
         "open_bins": open_bins,
