@@ -225,6 +225,10 @@ def test_tokens_and_targets_of_a_data_set_are_counted():
         assert [part.tolist() for part in count_examples(data)] == [[6, 1, 4], [3, 0, 3]]
         assert count_examples(data, mask_first=3).targets.tolist() == [2, 0, 1]
     assert count_examples(table.remove_columns("completion_mask")).targets.tolist() == [5, 0, 3]
+    labelled = datasets.Dataset.from_list([{"input_ids": [1] * 4, "label": 0}, {"input_ids": [1], "label": 1}])
+    assert [part.tolist() for part in count_examples(labelled)] == [[4, 1], [1, 1]]
+    with pytest.raises(ValueError, match="makes its examples by a transform"):
+        count_examples(labelled.with_transform(lambda batch: batch))
     rows = datasets.Dataset.from_list([{"input_ids": [1] * 4, "position_ids": [0, 1, 0, 1]}])
     assert count_examples(rows).targets.tolist() == [2]
 

@@ -24,7 +24,7 @@ _BATCH = 10_000
 
 
 class Counts(NamedTuple):
-    """Of every example of a data set, int64 (examples,): its tokens, and its targets, the tokens to be predicted."""
+    """Of every example of a data set, int64 (examples,): its tokens, and its targets, what is to be predicted."""
 
     tokens: Tensor
     targets: Tensor
@@ -44,6 +44,7 @@ def count_examples(dataset: Any, *, start_position: int = 0, mask_first: int = 1
         TypeError, ValueError: an example cannot be read; the message names it.
     """
     if is_datasets(dataset):
+        dataset = without_format(dataset)
         names = [name for name in dataset.column_names if name in READ]
         if not {*LABELS, *MASKS, "position_ids", "seq_lengths"} & {*names}:
             tokens = lengths_tensor(count_tokens(dataset, progress))
@@ -121,6 +122,22 @@ def shown(values: Iterable[Any], total: int | None, what: str, progress: bool) -
         return values
     bar: Iterable[Any] = tqdm(values, total=total, desc=what, unit_scale=True)
     return bar
+
+
+def without_format(dataset: Any) -> Any:
+    """A `datasets.Dataset` of the columns that it is formatted to give, as plain lists.
+
+    Raises:
+        ValueError: it makes its examples by a transform.
+    """
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "dataset makes its examples by a transform (set_transform) whenever they are read; apply it once by "
+            "dataset.map, and give the result."
+        )
+    if not dataset.format["output_all_columns"]:
+        dataset = dataset.select_columns(dataset.format["columns"])
+    return dataset.with_format(None)
 
 
 def is_datasets(dataset: Any) -> bool:

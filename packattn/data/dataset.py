@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from packattn.data.collator import PackingCollator, packed_row
-from packattn.data.counts import count_examples, count_tokens, is_datasets, of_numbers, rows_without_target
+from packattn.data.counts import (
+    count_examples,
+    count_tokens,
+    is_datasets,
+    of_numbers,
+    rows_without_target,
+    without_format,
+)
 from packattn.data.examples import Example, holds_tokens, left_out, mapping_with_tokens, read_example, targets
 from packattn.data.packing import Method, Overlong, pack
 from packattn.data.plan import PackingPlan, Piece
@@ -267,14 +274,7 @@ def _chosen(dataset: Any, columns: Collection[str] | None) -> Any:
     if not len(dataset) or (is_datasets(dataset) and "input_ids" not in dataset.column_names):
         return dataset  # refused when its tokens are counted
     if is_datasets(dataset):
-        if dataset.format["type"] == "custom":
-            raise ValueError(
-                "dataset makes its examples by a transform (set_transform) whenever they are read; apply it once by "
-                "dataset.map, and pack the result."
-            )
-        if not dataset.format["output_all_columns"]:
-            dataset = dataset.select_columns(dataset.format["columns"])
-        dataset = dataset.with_format(None)
+        dataset = without_format(dataset)
         holding = {field.name: of_numbers(field.type) for field in dataset.features.arrow_schema}
         return dataset.remove_columns([*left_out(holding, columns, stacklevel=4)])
     first = mapping_with_tokens(dataset[0], "example 0")

@@ -170,7 +170,12 @@ def begins(positions: Tensor) -> Tensor:
 
 
 def targets(example: Example, mask_first: int) -> int:
-    """The labels of an example that are to be predicted, without the first `mask_first` ones of each sequence."""
+    """The number of labels to be predicted: without the first `mask_first` ones of each sequence.
+
+    The label of a whole example counts as 1.
+    """
+    if example.label is not None:
+        return 1
     labels = without_first(example.columns["labels"], begins(example.columns["position_ids"]), mask_first)
     return int((labels != IGNORED).sum())
 
