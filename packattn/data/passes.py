@@ -4,14 +4,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from packattn.data.examples import Example, mapping_with_tokens, read_example
 from packattn.data.fit import BestFit
-from packattn.data.packing import longest
+from packattn.data.packing import longest, too_long_error
 from packattn.data.source import Digest
 
 if TYPE_CHECKING:
     from packattn.data.stream import PackedStream
 
-Examples = list[Mapping[str, Any]]
+Examples = list[Example]
 
 
 class Pass:
@@ -100,16 +101,12 @@ class Pass:
 
     def _take(self, example: Mapping[str, Any]) -> None:
         """Put one example into the open bins."""
-        if not isinstance(example, Mapping) or "input_ids" not in example:
-            raise TypeError(f"example {self.taken} must be a mapping with input_ids, got {type(example).__name__}.")
-        tokens, most = len(example["input_ids"]), longest(self._stream.limits)
-        if tokens == 0:
-            raise ValueError(f"example {self.taken} is empty; leave out examples without tokens.")
+        name = f"example {self.taken}"
+        chosen = self._stream.packed_columns(mapping_with_tokens(example, name))
+        found = read_example(chosen, name, self._stream.collator.start_position)
+        tokens, most = found.tokens, longest(self._stream.limits)
         if tokens > most and self._stream.overlong == "error":
-            raise ValueError(
-                f"example {self.taken} has {tokens} tokens where a bin takes at most {most}; raise the capacity, or "
-                'choose overlong="split" or overlong="drop".'
-            )
+            raise too_long_error(name, tokens, most)
         self.taken += 1
         self._digest.add(example)
         if tokens > most and self._stream.overlong == "drop":
@@ -118,9 +115,7 @@ class Pass:
             return
         self.split += tokens > most
         for start in range(0, tokens, most):
-            size = min(most, tokens - start)
-            whole_one = size == tokens
-            piece = example if whole_one else {name: values[start : start + size] for name, values in example.items()}
-            bin_, closed = self._walk.place(size)
+            piece = found.cut(start, min(start + most, tokens))
+            bin_, closed = self._walk.place(piece.tokens)
             self._held.setdefault(bin_, []).append(piece)
             self._closed += [self._held.pop(full) for full in closed]

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from packattn.data.accelerated import check_loader, check_skipped, reads_ahead
 from packattn.data.collator import PackingCollator, packed_row
+from packattn.data.examples import holds_tokens, left_out
 from packattn.data.packing import Overlong, make_limits
 from packattn.data.passes import Pass
 from packattn.data.source import Source, share_of
@@ -52,6 +53,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
             the end of a pass and the beginning of another. An epoch that does not follow on the one before in the same
             process reads again all that comes before it.
         num_replicas, rank: of how many ranks this is which.
+        columns: as for `pack_dataset`; the first example shows which hold one number per token.
         collator: packs the examples of a row.
     """
 
@@ -67,11 +69,14 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         rows_per_epoch: int | None = None,
         num_replicas: int = 1,
         rank: int = 0,
+        columns: Collection[str] | None = None,
         collator: PackingCollator = _PLAIN,
     ) -> None:
         if overlong not in get_args(Overlong):
             raise ValueError(f"overlong must be one of {', '.join(get_args(Overlong))}, got {overlong!r}.")
         whole("open_bins", open_bins, 1)
+        self.columns = columns
+        self._left_out: frozenset[str] | None = None  # once an example has been read
         if rows_per_epoch is not None:
             whole("rows_per_epoch", rows_per_epoch, 1)
         whole("num_replicas", num_replicas, 1)
@@ -198,6 +203,13 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
     def examples_of(self, epoch: int | None) -> Iterator[Mapping[str, Any]]:
         """The examples that are packed here, those of all ranks if each hands on some of their rows."""
         return self.source.start(epoch, of_all_ranks=self.num_replicas > 1)
+
+    def packed_columns(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of an example that are packed."""
+        if self._left_out is None:
+            holding = {name: holds_tokens(values) for name, values in example.items()}
+            self._left_out = left_out(holding, self.columns, stacklevel=7)
+        return {name: values for name, values in example.items() if name not in self._left_out}
 
     def _share(self) -> dict[str, int]:
         return share_of(self.num_replicas if self.source.split is None else self.source.split[1])
