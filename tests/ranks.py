@@ -1,10 +1,11 @@
 """One rank of a run on several: `python ranks.py FOLDER`, under the environment that torchrun sets.
 
-Trains the same tiny model on the same examples three ways: BalancedTrainer, an Accelerate loop, a loop of one's own over
-DistributedDataParallel. Rank 0 saves the weights of each, every rank the examples of each of its steps. Then three
+Trains the same tiny model on the same examples three ways: BalancedTrainer, an Accelerate loop, a loop of one's own
+over DistributedDataParallel. Rank 0 saves the weights of each, every rank the examples of each of its steps. Then three
 epochs are cut after every step and resumed, by each of these ways, and every rank writes down which examples it saw.
 """
 
+import gc
 import json
 import os
 import random
@@ -135,9 +136,12 @@ def resumed_by_trainer(folder):
         trainer.train(resume_from_checkpoint=checkpoint)
         return seen.batches
 
+    gc.freeze()  # Trainer collects garbage whenever it begins; most of the time would go to modules that stay
     whole = train(save_strategy="steps", save_steps=1)
     cut = [folder / "trainer" / f"checkpoint-{step}" for step in range(1, 4 * EPOCHS)]
-    return whole, [train(checkpoint) for checkpoint in cut]
+    resumed = [train(checkpoint) for checkpoint in cut]
+    gc.unfreeze()
+    return whole, resumed
 
 
 def resumed_by_accelerate(folder):

@@ -344,8 +344,9 @@ class BalancedPackingSampler(Sampler[list[int]]):
 
 
 def _check_cost(name: str, cost: object) -> None:
-    numbers = isinstance(cost, (tuple, list)) and len(cost) == 2 and all(isinstance(part, (int, float)) for part in cost)
-    if not (numbers and 0 < cost[0] < math.inf and 0 <= cost[1] < math.inf):  # type: ignore[index]
+    two: Any = cost if isinstance(cost, (tuple, list)) and len(cost) == 2 else (None, None)
+    numbers = all(isinstance(part, (int, float)) for part in two)
+    if not (numbers and 0 < two[0] < math.inf and 0 <= two[1] < math.inf):
         raise ValueError(f"{name} must be Cost(per_token > 0, per_square >= 0), got {cost!r}.")
 
 

@@ -11,9 +11,13 @@ from packattn.hf.patch import Patch, patch
 from packattn.hf.verify import verify
 
 if TYPE_CHECKING:
+    from packattn.hf.callback import PackingCallback
     from packattn.hf.trainer import BalancedTrainer, BalancedTrainerMixin
 
-__all__ = ["BalancedTrainer", "BalancedTrainerMixin", "Patch", "patch", "verify"]
+# Loaded at first use: transformers' Trainer is large, and a patch does not need it.
+_LAZY = {"BalancedTrainer": "trainer", "BalancedTrainerMixin": "trainer", "PackingCallback": "callback"}
+
+__all__ = ["BalancedTrainer", "BalancedTrainerMixin", "PackingCallback", "Patch", "patch", "verify"]
 
 # Models can be loaded with attn_implementation="packattn" from here on; they raise until they are patched.
 AttentionInterface.register(NAME, attention_forward)
@@ -21,9 +25,8 @@ AttentionMaskInterface.register(NAME, packed_mask)
 
 
 def __getattr__(name: str) -> object:
-    """What is built on transformers' Trainer, loaded at first use: Trainer is large, and a patch does not need it."""
-    if name in __all__:
-        from packattn.hf import trainer
+    if name in _LAZY:
+        import importlib
 
-        return getattr(trainer, name)
+        return getattr(importlib.import_module(f"packattn.hf.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'packattn.hf' has no attribute {name!r}")

@@ -26,8 +26,8 @@ class BalancedTrainerMixin:
     equal work. The seed, the loader's settings and the removal of unused columns are the Trainer's own. A run that is
     resumed from a checkpoint goes on with the very examples that it would have had.
 
-    `class BalancedSFTTrainer(BalancedTrainerMixin, SFTTrainer): pass` is TRL's. The collator has to pack: PackingCollator,
-    or TRL's own with padding_free=True.
+    `class BalancedSFTTrainer(BalancedTrainerMixin, SFTTrainer): pass` is TRL's. The collator has to pack:
+    PackingCollator, or TRL's own with padding_free=True.
 
     Args:
         *args, **kwargs: those of the Trainer.
@@ -57,7 +57,7 @@ class BalancedTrainerMixin:
             ValueError: an argument asks for what balanced steps cannot be; the lengths are not those of the data set.
         """
         args, dataset = self.args, self.train_dataset
-        if dataset is not None and not isinstance(dataset, Sized):
+        if not isinstance(dataset, Sized):
             raise TypeError(
                 f"a balanced train_dataset must have a length, got {type(dataset).__name__}: a step is spread once its "
                 "examples are known. Give a list or a datasets.Dataset, or use Trainer with pack_dataset's rows."
@@ -94,14 +94,14 @@ class BalancedTrainerMixin:
             **self._balance,
         )
         settings = {name: getattr(plain, name) for name in _SETTINGS}
-        loader = self.accelerator.prepare(DataLoader(plain.dataset, batch_sampler=sampler, **settings))
+        loader: DataLoader[Any] = self.accelerator.prepare(DataLoader(plain.dataset, batch_sampler=sampler, **settings))
         if loader.batch_sampler is not sampler:
             # Where a loader from skip_first_batches looks for set_epoch, two wrappers down.
-            loader.batch_sampler.sampler = sampler
+            loader.batch_sampler.sampler = sampler  # type: ignore[union-attr]
         return loader
 
 
-class BalancedTrainer(BalancedTrainerMixin, Trainer):
+class BalancedTrainer(BalancedTrainerMixin, Trainer):  # type: ignore[misc]
     """transformers' Trainer with balanced ranks: the steps of a plain run, no rank that waits, resumed exactly.
 
     The arguments are those of Trainer and of `BalancedTrainerMixin`; the data_collator is a `PackingCollator` unless
