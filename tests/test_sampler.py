@@ -353,12 +353,12 @@ BAD = [
     ({"global_batch": 3}, ValueError, "global_batch must be a multiple of the 2 ranks, got 3"),
     ({"global_batch": 0}, ValueError, "global_batch must be an int of at least 1, got 0"),
     ({"micro_steps": 3}, ValueError, "micro_steps must be an int from 1 to 2, got 3"),
-    ({"token_budget": 8}, ValueError, r"example 2 has 9 tokens, more than the token_budget of 8 \(1 such"),
+    ({"token_budget": 8}, ValueError, r"example 2 has 9 tokens, more than the token_budget of 8 \(such are 1"),
     ({"num_replicas": 2, "rank": None}, ValueError, "rank must be given with num_replicas=2"),
     ({"rank": 2}, ValueError, "rank must be an int from 0 to 1, got 2"),
     ({"rank": "every"}, TypeError, 'rank must be an int or "all"'),
     ({"cost": (0.0, 1.0)}, ValueError, "cost must be Cost"),
-    ({"lengths": [1], "drop_last": True}, ValueError, "1 examples are too few for 2 ranks"),
+    ({"lengths": [1], "drop_last": True}, ValueError, "1 example cannot be dealt to 2 ranks"),
     ({"seed": -1}, ValueError, "seed must be an int of at least 0"),
 ]
 

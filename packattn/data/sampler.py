@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from packattn.data.balance import Cost, assign
 from packattn.data.packing import fingerprint
-from packattn.data.values import lengths_tensor, whole
+from packattn.data.values import counted, lengths_tensor, whole
 
 _T = TypeVar("_T")
 # What decides which examples a step has, and what decides only how they are spread.
@@ -82,7 +82,7 @@ class BalancedPackingSampler(Sampler[list[int]]):
                 first = int((self.lengths > token_budget).nonzero()[0])
                 raise ValueError(
                     f"example {first} has {int(self.lengths[first])} tokens, more than the token_budget of "
-                    f"{token_budget} ({int((self.lengths > token_budget).sum())} such examples); raise the budget, or "
+                    f"{token_budget} (such are {int((self.lengths > token_budget).sum())}); raise the budget, or "
                     "cut or leave out these examples beforehand."
                 )
         _check_cost("cost", cost)
@@ -91,8 +91,8 @@ class BalancedPackingSampler(Sampler[list[int]]):
         self.fingerprint = fingerprint(self.lengths)
         self.total = self._total_for(self.num_replicas)
         if self.total == 0:
-            n = self.lengths.numel()
-            raise ValueError(f"{n} examples are too few for {self.num_replicas} ranks with drop_last=True.")
+            few = counted(self.lengths.numel(), "example")
+            raise ValueError(f"{few} cannot be dealt to {self.num_replicas} ranks with drop_last=True; give more.")
         self._dealt_out, self._epoch_is_set = False, False
         self._begin(0)
 
