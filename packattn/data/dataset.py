@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from packattn.data.collator import PackingCollator, packed_row
+from packattn.data.examples import Example, mapping_with_tokens, read_example
 from packattn.data.packing import Method, Overlong, PackingPlan, Piece, pack
 from packattn.data.stream import PackedStream
 from packattn.data.values import lengths_tensor
@@ -155,29 +156,26 @@ def pack_rows(
 ) -> list[dict[str, Tensor]]:
     """The rows of some bins: name -> (tokens,)."""
     content = [plan[bin_] for bin_ in bins]
-    examples = iter(_fetch(dataset, [piece.example for pieces in content for piece in pieces]))
-    rows = []
-    for pieces in content:
-        cuts = [cut(next(examples), piece, plan.starts is not None) for piece in pieces]
-        rows.append(packed_row(collator, cuts))
-    return rows
+    found = iter(_fetch(dataset, [piece.example for pieces in content for piece in pieces]))
+    return [
+        packed_row(collator, [_piece(next(found), piece, plan, collator) for piece in pieces]) for pieces in content
+    ]
 
 
-def cut(example: Mapping[str, Any], piece: Piece, split: bool) -> Mapping[str, Any]:
-    """The tokens of a piece of an example; `split`: whether the plan splits any.
+def _piece(given: Any, piece: Piece, plan: PackingPlan, collator: PackingCollator) -> Example:
+    """The tokens of a piece of an example.
 
     Raises:
         ValueError: the example has not the tokens that the plan counted.
     """
-    tokens = len(example["input_ids"])
-    if piece.start == 0 and piece.stop == tokens:
-        return example
-    if piece.stop > tokens or not split:
+    example = read_example(given, f"example {piece.example}", collator.start_position)
+    counted = plan.counted(piece)
+    if example.tokens != counted:
         raise ValueError(
-            f"example {piece.example} has {tokens} tokens where the plan counted {piece.stop}; make the plan from the "
+            f"{example.name} has {example.tokens} tokens where the plan counted {counted}; make the plan from the "
             "lengths of this data set."
         )
-    return {name: values[piece.start : piece.stop] for name, values in example.items()}
+    return example.cut(piece.start, piece.stop)
 
 
 def count_tokens(dataset: Any, progress: bool) -> Tensor | list[int]:
@@ -195,7 +193,7 @@ def count_tokens(dataset: Any, progress: bool) -> Tensor | list[int]:
             found.extend(pyarrow.compute.list_value_length(table["input_ids"]).to_pylist())
         return found
     numbers = shown(range(len(dataset)), len(dataset), "counting tokens", progress)
-    return [_count(index, dataset[index]) for index in numbers]
+    return [len(mapping_with_tokens(dataset[index], f"example {index}")["input_ids"]) for index in numbers]
 
 
 def shown(values: Iterable[Any], total: int | None, what: str, progress: bool) -> Iterable[Any]:
@@ -208,12 +206,6 @@ def shown(values: Iterable[Any], total: int | None, what: str, progress: bool) -
         return values
     bar: Iterable[Any] = tqdm(values, total=total, desc=what, unit_scale=True)
     return bar
-
-
-def _count(index: int, example: Any) -> int:
-    if not isinstance(example, Mapping) or "input_ids" not in example:
-        raise TypeError(f"example {index} must be a mapping with input_ids, got {type(example).__name__}.")
-    return len(example["input_ids"])
 
 
 def _fetch(dataset: Any, indices: list[int]) -> list[Mapping[str, Any]]:

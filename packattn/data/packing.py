@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -86,6 +87,16 @@ class PackingPlan:
     def num_split(self) -> int:
         """Examples that were cut into pieces."""
         return 0 if self.starts is None else torch.unique(self.examples[self.starts > 0]).numel()
+
+    @cached_property
+    def _counted(self) -> Tensor:
+        """The tokens of each example that was packed, int64; 0 for others."""
+        totals = torch.zeros(int(self.examples.max()) + 1, dtype=torch.int64)
+        return totals.index_add_(0, self.examples, self.lengths)
+
+    def counted(self, piece: Piece) -> int:
+        """The tokens that the example of a piece had when the plan was made."""
+        return piece.stop if self.starts is None else int(self._counted[piece.example])
 
     def per_bin(self, values: Tensor) -> Tensor:
         """Sums over the pieces of each bin: (bins,), of one value per piece, e.g. `plan.lengths ** 2`."""

@@ -9,9 +9,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from packattn.data.collator import PackingCollator, packed_row
+from packattn.data.examples import Example, mapping_with_tokens, read_example
 from packattn.data.fit import BestFit
 from packattn.data.packing import Overlong, longest, make_limits
 from packattn.data.values import whole
+
+# The number of an example, the tokens of it that are meant, and the example as it was given.
+_Held = tuple[int, int, int, Mapping[str, Any]]
 
 
 class PackedStream(IterableDataset[dict[str, Tensor]]):
@@ -63,7 +67,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
     def _begin(self) -> None:
         self.taken = self.split = self.dropped = self.dropped_tokens = 0
         self._walk = BestFit(self.limits, self.open_bins)
-        self._held: dict[int, list[Mapping[str, Any]]] = {}
+        self._held: dict[int, list[_Held]] = {}
         self._ready: list[int] = []
         self._ended = False
 
@@ -79,7 +83,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         source = self._source(state)
         while True:
             while self._ready:
-                yield packed_row(self.collator, self._held.pop(self._ready.pop(0)))
+                yield packed_row(self.collator, [self._read(*held) for held in self._held.pop(self._ready.pop(0))])
             if self._ended:
                 return
             example = next(source, None)
@@ -103,11 +107,13 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
             source = itertools.islice(source, worker.id, None, worker.num_workers)
         return itertools.islice(source, self.taken, None)
 
+    def _read(self, number: int, start: int, stop: int, example: Mapping[str, Any]) -> Example:
+        return read_example(example, f"example {number}", self.collator.start_position).cut(start, stop)
+
     def _take(self, example: Mapping[str, Any]) -> None:
         """Put one example into the open bins."""
-        if not isinstance(example, Mapping) or "input_ids" not in example:
-            raise TypeError(f"example {self.taken} must be a mapping with input_ids, got {type(example).__name__}.")
-        tokens, most = len(example["input_ids"]), longest(self.limits)
+        tokens = len(mapping_with_tokens(example, f"example {self.taken}")["input_ids"])
+        most = longest(self.limits)
         if tokens == 0:
             raise ValueError(f"example {self.taken} is empty; leave out examples without tokens.")
         if tokens > most and self.overlong == "error":
@@ -122,11 +128,9 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
             return
         self.split += tokens > most
         for start in range(0, tokens, most):
-            size = min(most, tokens - start)
-            whole_one = size == tokens
-            piece = example if whole_one else {name: values[start : start + size] for name, values in example.items()}
-            bin_, closed = self._walk.place(size)
-            self._held.setdefault(bin_, []).append(piece)
+            stop = min(start + most, tokens)
+            bin_, closed = self._walk.place(stop - start)
+            self._held.setdefault(bin_, []).append((self.taken - 1, start, stop, example))
             self._ready.extend(closed)
 
     def state_dict(self) -> dict[str, Any]:
