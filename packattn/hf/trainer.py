@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from packattn.data import BalancedPackingSampler, Cost, PackingCollator
-from packattn.data.dataset import count_tokens
+from packattn.data.counts import count_tokens
 from packattn.data.values import lengths_tensor
 
 # What Trainer and its heirs decide of a loader, besides which examples it takes.
