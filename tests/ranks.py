@@ -149,7 +149,7 @@ def resumed_by_accelerate(folder):
 
 
 def resumed_by_skipping(folder):
-    """By Accelerate's skip_first_batches in the place of the sampler's state."""
+    """By Accelerate's skip_first_batches, without the sampler's state."""
     from accelerate import skip_first_batches
 
     def resume(sampler, loader, state, micro_batches):

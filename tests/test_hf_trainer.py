@@ -117,6 +117,16 @@ def test_the_collator_packs_unless_another_is_given(tmp_path):
     assert isinstance(trainer.data_collator, packattn.PackingCollator)
 
 
+def test_a_model_without_a_patch_is_warned_of(tmp_path):
+    model = make("llama")
+    trainer = BalancedTrainer(model, ranks.arguments(tmp_path, 2, 3), train_dataset=some())
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is trained on packed rows without packattn.patch"):
+        trainer.get_train_dataloader()
+    with packattn.patch(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.get_train_dataloader()
+
+
 def test_the_mixin_balances_trls_trainer(tmp_path):
     trl = pytest.importorskip("trl", reason="pip install 'packattn[integrations]'")
     from tokenizers import Tokenizer, models

@@ -1,15 +1,17 @@
 """BalancedTrainer: transformers' Trainer over a BalancedPackingSampler, whose steps are those of a plain run."""
 
+import warnings
 from collections.abc import Iterable, Sized
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from packattn.data import BalancedPackingSampler, Cost, PackingCollator
 from packattn.data.counts import count_tokens
 from packattn.data.values import lengths_tensor
+from packattn.hf.patch import is_patched
 
 # What Trainer and its heirs decide of a loader, besides which examples it takes.
 _SETTINGS = (
@@ -47,7 +49,7 @@ class BalancedTrainerMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         self._balance: dict[str, Any] = {"token_budget": token_budget, "cost": cost}
-        self._lengths = lengths
+        self._lengths = None if lengths is None else lengths_tensor(lengths)
 
     def get_train_dataloader(self: Any) -> DataLoader[Any]:
         """The loader of the Trainer, with the micro-batches of this rank.
@@ -74,6 +76,12 @@ class BalancedTrainerMixin:
                     f"{name} must be {' or '.join(map(repr, wanted))}, got {given!r}: which rank takes which examples, "
                     "and in which order, is decided by the balanced steps."
                 )
+        if isinstance(self.data_collator, PackingCollator) and not _is_isolated(self.model):
+            warnings.warn(
+                f"{type(self.model).__name__} is trained on packed rows without packattn.patch, so that the examples "
+                "of a row see each other in most calls. Call packattn.patch(model) first.",
+                stacklevel=2,
+            )
         plain = super().get_train_dataloader()  # type: ignore[misc]
         counted = lengths_tensor(count_tokens(dataset, False) if self._lengths is None else self._lengths)
         if counted.numel() != len(dataset):
@@ -99,6 +107,13 @@ class BalancedTrainerMixin:
             # Where a loader from skip_first_batches looks for set_epoch, two wrappers down.
             loader.batch_sampler.sampler = sampler  # type: ignore[union-attr]
         return loader
+
+
+def _is_isolated(model: nn.Module) -> bool:
+    """Whether something keeps the examples of a row apart, or this is no model of transformers."""
+    pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    by_flash = any("flash" in str(module.config._attn_implementation) for module in pretrained)
+    return not pretrained or by_flash or is_patched(model)
 
 
 class BalancedTrainer(BalancedTrainerMixin, Trainer):  # type: ignore[misc]
