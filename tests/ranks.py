@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 import packattn
 from packattn import BalancedPackingSampler, PackingCollator
-from packattn.hf import BalancedTrainer
+from packattn.hf import BalancedTrainer, PackingCallback
 
 GLOBAL_BATCH, RATE = 8, 0.5
 
@@ -60,7 +60,12 @@ class Seen:
 def by_trainer(folder, seen):
     model = make("llama").train()
     packattn.patch(model)
-    BalancedTrainer(model, arguments(folder, 2, 2), data_collator=seen, train_dataset=examples()).train()
+    options = arguments(folder, 2, 2, logging_strategy="steps", logging_steps=1)
+    trainer = BalancedTrainer(
+        model, options, data_collator=seen, train_dataset=examples(), callbacks=[PackingCallback()]
+    )  # fmt: skip
+    trainer.train()
+    (folder / f"logs.{os.environ['RANK']}.json").write_text(json.dumps(trainer.state.log_history))
     return model
 
 
