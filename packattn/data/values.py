@@ -19,6 +19,11 @@ def whole(name: str, value: object, least: int, most: int | None = None) -> None
     arguments.whole(name, value, least, most)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words, "1 example" or "2,000 examples"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def lengths_tensor(lengths: Iterable[int] | Tensor) -> Tensor:
     """Lengths as int64 (n,), contiguous, on the CPU.
 
