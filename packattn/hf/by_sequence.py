@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from packattn.hf.inputs import OF_SEQUENCES
 from packattn.hf.layout import Group, by_group
 from packattn.hf.masks import Carried, is_carried
 from packattn.hf.plan import Plan
@@ -45,7 +46,9 @@ def _by_sequence(
         def plain(value: Any) -> Any:
             return running.real if running is not None and (is_carried(value) or isinstance(value, Carried)) else value
 
-        return forward(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+        # Mixers of transformers raise on sequences that are given to them without their optional kernels.
+        given = {name: plain(value) for name, value in kwargs.items() if name not in OF_SEQUENCES}
+        return forward(*map(plain, args), **given)
     if kind != "one":
         _no_sharded_layers(module)
     names = list(inspect.signature(type(module).forward).parameters)[1:]
