@@ -34,11 +34,13 @@ def _by_sequence(
     if running is None and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{type(module).__name__} was recomputed in the backward pass without the boundaries of its packed rows. "
-            "Checkpoint by model.gradient_checkpointing_enable() or by torch's checkpoint_wrapper, which packattn knows."
+            "Checkpoint by model.gradient_checkpointing_enable() or torch's checkpoint_wrapper, which packattn knows."
         )
     if running is None and kind != "one":
         raise RuntimeError(past_the_hooks(type(module).__name__))
-    layout = running.layout if running is not None and running is not SUSPENDED else None
+    if running is not None and running.plain:
+        return forward(*args, **kwargs)
+    layout = running.layout if running is not None else None
     if running is not None and running.packed:
         forget(module)
     if layout is None:  # one sequence a row: what was made for attention is padding by its plain name again

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from packattn.hf.hooks import NAME, prepare
-from packattn.hf.inputs import cache_of, same_sequences, tokens_of
+from packattn.hf.inputs import cache_of, is_paged, same_sequences, tokens_of
 from packattn.hf.masks import Carried, carry
 from packattn.hf.plan import Plan
-from packattn.hf.running import RUNNING, SUSPENDED, Running, keep_running_in_checkpoints
+from packattn.hf.running import RUNNING, Running, keep_running_in_checkpoints
 from packattn.mask import PackedMask
 
 
@@ -30,14 +30,14 @@ class Carry:
         compiling = torch.compiler.is_compiling() and not self.plan.needs_layout
         running = None if compiling else RUNNING.get()
         from_outside = not compiling and torch.is_grad_enabled() and keep_running_in_checkpoints(module)
-        if running is SUSPENDED:
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        if (running is not None and running.plain) or is_paged(arguments):
             return None
         if module.config._attn_implementation != NAME:
             raise RuntimeError(
                 f"{type(module).__name__} attends by {module.config._attn_implementation!r}, set after packattn.patch: "
                 "packed sequences would not be isolated. Call .remove() of the Patch first, or patch again after."
             )
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
         if arguments.get("output_attentions") or module.config.output_attentions:
             raise NotImplementedError(
                 "output_attentions=True: packattn never forms the attention weights. Leave it out, or remove the patch."
@@ -66,6 +66,9 @@ class Carry:
         same_sequences(arguments.get("position_ids"), running.position_ids, running.real)
         carried = carry(running.position_ids, running.real, tokens.shape[0])
         arguments["attention_mask"] = Carried(carried) if self.four else carried
+        if hasattr(module, "_maybe_slice_kv_shared_inputs") and module not in self.plan.entries:
+            # Gemma 4 would cut its masks to the last tokens; the model around it cuts what comes back.
+            arguments["logits_to_keep"] = None
         if (module.training and torch.is_grad_enabled()) or from_outside:
             _leave_out_cache(arguments, self.names)
         if module.training and not compiling:

@@ -6,7 +6,6 @@ builds masks (`packattn.hf.carry`), `Mark` on every attention layer and `Check` 
 cu_seq_lens to position_ids, and `Carry` works from the arguments of its own module.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from packattn.hf.inputs import (
     goes_on_by_index,
     holds_tokens,
     is_called,
+    is_paged,
     is_prepared,
     modules_around,
     no_loss_across,
@@ -34,17 +34,14 @@ from packattn.hf.inputs import (
     refuse_callers,
     refuse_packed,
     refuse_trace,
-    same_sequences,
     sign,
     spoils,
     text_positions,
     tokens_of,
 )
 from packattn.hf.layout import Layout
-from packattn.hf.masks import Carried, carry
 from packattn.hf.plan import Plan, finds_last_by_padding, one_logit_a_row
-from packattn.hf.running import RUNNING, SUSPENDED, Running, keep_running_in_checkpoints, past_the_hooks
-from packattn.mask import PackedMask
+from packattn.hf.running import RUNNING, Running, past_the_hooks
 
 NAME = "packattn"
 _CACHES = ("cache", "past_key_values", "cache_params", "state")
@@ -75,7 +72,7 @@ def _with_positions(
     """Give positions to a compiled text model that was told its sequences otherwise: other arguments may get lost."""
     arguments = dict(zip(hook.names, args, strict=False)) | kwargs
     tokens, position_ids = tokens_of(arguments), arguments.get("position_ids")
-    if not isinstance(tokens, Tensor):
+    if not isinstance(tokens, Tensor) or is_paged(arguments):
         return None
     if why := _spoiled_in_a_trace(hook.plan, arguments.get("input_ids") is None and position_ids is None):
         raise NotImplementedError(why)
@@ -104,7 +101,9 @@ def _enter(
     hook: Enter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     before = _before(hook.plan)
-    if before is SUSPENDED or (before is not None and before.plan is hook.plan and module not in hook.plan.entries):
+    if (before is not None and before.plain) or (
+        before is not None and before.plan is hook.plan and module not in hook.plan.entries
+    ):
         return None
     if getattr(module, "_is_replica", False):
         raise NotImplementedError(
@@ -115,6 +114,9 @@ def _enter(
     tokens = tokens_of(arguments)
     if not isinstance(tokens, Tensor):
         return None  # arguments of other names: what comes in is seen where they reach the model inside
+    if is_paged(arguments):
+        RUNNING.set(Running(plan=hook.plan, owner=module, before=before, plain=True))
+        return None
     refuse_callers(hook.plan.entries, arguments.get("input_ids") is None and arguments.get("position_ids") is None)
     running = Running(plan=hook.plan, owner=module, before=before)
     RUNNING.set(running)

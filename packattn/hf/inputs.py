@@ -105,6 +105,11 @@ def cache_of(arguments: dict[str, Any]) -> Any:
     return None
 
 
+def is_paged(arguments: dict[str, Any]) -> bool:
+    """Whether a forward is one of transformers' continuous batching, whose requests its own masks keep apart."""
+    return type(cache_of(arguments)).__name__ == "PagedAttentionCache"
+
+
 def holds_tokens(cache: Any) -> bool:
     """Whether a forward continues a cache: decided without reading the device."""
     if cache is None or isinstance(cache, list):  # RWKV has a list of states, and none before its first token

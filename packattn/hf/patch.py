@@ -23,6 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from packattn.errors import UnsupportedModelError
 from packattn.hf.by_sequence import by_sequence
 from packattn.hf.carry import Carry
+from packattn.hf.continuous import wrap_continuous_batching
 from packattn.hf.guard import Check, Mark
 from packattn.hf.hooks import NAME, Enter, Leave, entered, leaving
 from packattn.hf.inputs import EXPLICIT, modules_around, takes_rows
@@ -175,7 +176,11 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
                 restore.append(_set_implementation(inner, config, "eager"))
         restore.append(_wrap(builders[0], by_sequence, plan, "equal"))
     else:
-        for config in configs_of([*builders, *plan.entries]):
+        configs = configs_of([*builders, *plan.entries])
+        before = [(c, "sdpa" if c._attn_implementation == NAME else c._attn_implementation) for c in configs]
+        for entry in plan.entries:
+            restore += wrap_continuous_batching(entry, plan, before)
+        for config in configs:
             restore.append(_set_implementation(inner, config, NAME))
         for builder in builders:
             four = bool(re.search(r"attention_mask\.(view|reshape)\(", inspect.getsource(type(builder))))

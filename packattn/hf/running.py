@@ -23,6 +23,7 @@ class Running:
     Attributes:
         plan, owner: of the model, and the module whose call this is. before: what it is nested in.
         position_ids: (rows, n). real: (rows, n), nonzero for tokens; None: all are.
+        plain: transformers runs the model by itself, in its own attention: verify, continuous batching.
         packed: False where transformers is left to itself: a forward over a cache.
         layout: where the sequences lie, known on the host; None where nobody needs it or nothing is packed.
         masks: the k_start of every PackedMask made in this forward.
@@ -34,6 +35,7 @@ class Running:
     before: "Running | None" = None
     position_ids: Tensor | None = None
     real: Tensor | None = None
+    plain: bool = False
     packed: bool = False
     layout: Layout | None = None
     masks: list[Tensor] = field(default_factory=list)
@@ -52,7 +54,7 @@ def past_the_hooks(what: str) -> str:
 
 # None outside of a forward. SUSPENDED: the model runs in transformers' own attention (verify, rows of one sequence).
 RUNNING: ContextVar[Running | None] = ContextVar("packattn_running", default=None)
-SUSPENDED = Running()
+SUSPENDED = Running(plain=True)
 
 
 # What holds the function that checkpoints a layer: transformers' layers, and torch's wrapper around any module, which
@@ -83,7 +85,9 @@ def keep_running_in_checkpoints(module: nn.Module) -> bool:
             outside = name == "checkpoint_fn"
             from_outside = from_outside or outside
             options = getattr(function.args[0], "keywords", {})
-            reentrant = reentrant or bool(options.get("use_reentrant") and (outside or own.get("gradient_checkpointing")))
+            reentrant = reentrant or bool(
+                options.get("use_reentrant") and (outside or own.get("gradient_checkpointing"))
+            )
     if reentrant and shares:
         raise NotImplementedError(
             f"{type(module).__name__} has layers that share keys and values, to which reentrant checkpoints give no "
