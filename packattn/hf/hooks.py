@@ -272,6 +272,15 @@ class Leave:
             _leave_untraced(module)
 
 
+def entering(module: nn.Module, forward: Callable[..., Any], plan: Plan, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that `Enter` is on: PEFT and sentence-transformers call it past the hooks."""
+    if args and args[0] is module:  # Accelerate binds the forward of a model that it unwraps once more
+        args = args[1:]
+    if plan.removed or torch.compiler.is_compiling() or RUNNING.get() is not None or is_called(module):
+        return forward(*args, **kwargs)
+    return module(*args, **kwargs)
+
+
 def leaving(
     module: nn.Module, forward: Callable[..., Any], plan: Plan, lost: frozenset[str], *args: Any, **kwargs: Any
 ) -> Any:
@@ -280,8 +289,6 @@ def leaving(
     Args:
         lost: names of arguments that say where sequences lie, and that only `Enter` hands on.
     """
-    if args and args[0] is module:  # Accelerate binds the forward of a model that it unwraps once more
-        args = args[1:]
     if not plan.removed and not lost.isdisjoint(kwargs):
         _assert_entered(module)
     try:

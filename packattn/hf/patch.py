@@ -25,7 +25,7 @@ from packattn.hf.by_sequence import by_sequence
 from packattn.hf.carry import Carry
 from packattn.hf.continuous import wrap_continuous_batching
 from packattn.hf.guard import Check, Mark
-from packattn.hf.hooks import NAME, Enter, Leave, entered, leaving
+from packattn.hf.hooks import NAME, Enter, Leave, entered, entering, leaving
 from packattn.hf.inputs import EXPLICIT, modules_around, takes_rows
 from packattn.hf.plan import Plan, make_plan, one_logit_a_row
 from packattn.hf.probe import first_position, probe, runs
@@ -199,6 +199,7 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
         if plan.needs_layout or "position_ids" not in inspect.signature(module.forward).parameters:
             lost = _lost(module, inner) if plan.needs_layout else frozenset()
             restore.append(_wrap(module, leaving, plan, lost))
+        restore.append(_wrap(module, entering, plan))
 
 
 def _lost(module: nn.Module, inner: nn.Module) -> frozenset[str]:

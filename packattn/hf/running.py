@@ -46,9 +46,11 @@ class Running:
 def past_the_hooks(what: str) -> str:
     """The error of a layer or model that runs where nothing tells packed sequences apart."""
     return (
-        f"{what} runs past the hooks of packattn.patch, so that nothing tells packed sequences apart: its model is not "
-        "patched, or was called by its forward, or got no tensor named input_ids or inputs_embeds. Call "
-        "packattn.patch(model), and then model(...) or torch.compile(model), not model.forward."
+        f"{what} runs past the hooks of packattn.patch, so that packed sequences would not be isolated. Call "
+        "packattn.patch(model) on this very model: a trainer loads a second one, a reference model, with the "
+        "attn_implementation of the first (TRL's DPOTrainer: packattn.patch(trainer.ref_model)). If it is patched: call "
+        "model(...) or torch.compile(model), not a compiled model.forward, with a tensor named input_ids or "
+        "inputs_embeds."
     )
 
 
