@@ -384,3 +384,27 @@ def test_what_only_the_loss_reads_may_pass_through_the_layers(name):
         assert_close(model(**given, labels=batch["labels"]).loss, expected)
         found = model(**given, labels=batch["labels"], shift_labels=targets, ignore_index=-100).loss
         assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "bamba", "bert", "mamba"])
+def test_hooks_put_on_after_the_patch_get_the_arguments_as_they_came(name):
+    model, batch, seen = make(name), packed_row(name), []
+    ids, position_ids, real = batch["input_ids"], batch["position_ids"], torch.ones_like(batch["input_ids"])
+    with torch.no_grad(), packattn.patch(model):
+        part = model.base_model
+        for module in (model, part):
+            module.register_forward_pre_hook(lambda module, args: seen.append(args))
+            module.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args), with_kwargs=True)
+            module.register_forward_hook(lambda module, args, output: seen.append(args))
+        for module, count in ((model, 6), (part, 3)):
+            seen.clear()
+            module(ids, position_ids=position_ids)
+            assert len(seen) == count
+            assert all(args[0] is ids for args in seen if args)
+            assert sum(len(args) == 1 for args in seen) >= 3
+        expected = model(input_ids=ids, attention_mask=real, position_ids=position_ids)[0]
+        if name != "mamba":  # whose second argument is another
+            assert torch.equal(model(ids, real, position_ids=position_ids)[0], expected)
+            changed = model(input_ids=torch.full_like(ids, 5), position_ids=position_ids)[0]
+            model.register_forward_pre_hook(lambda module, args: (torch.full_like(args[0], 5), *args[1:]))
+            assert torch.equal(model(ids, position_ids=position_ids)[0], changed)

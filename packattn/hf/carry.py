@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from packattn.hf.cache import cache_of, is_paged
 from packattn.hf.hooks import NAME, prepare
-from packattn.hf.inputs import cache_of, is_paged, same_sequences, tokens_of
+from packattn.hf.inputs import as_called, same_sequences, tokens_of
 from packattn.hf.masks import Carried, carry
 from packattn.hf.plan import Plan
 from packattn.hf.running import RUNNING, Running, keep_running_in_checkpoints
@@ -77,7 +78,7 @@ class Carry:
             _fill_padding(module, arguments, running.real)
         if "position_ids" in self.names and arguments.get("position_ids") is None:
             arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
-        return (), arguments
+        return as_called(self.names, args, arguments)
 
 
 def _leave_out_cache(arguments: dict[str, Any], names: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 Its manager takes implementations of attention by their names, and sets one of them for as long as it runs. The wrappers
 here show it what the model attended by before the patch, and set packattn's attention again at its end. The forwards of
-the manager are known by their cache (`packattn.hf.inputs.is_paged`).
+the manager are known by their cache (`packattn.hf.cache.is_paged`).
 """
 
 from collections.abc import Callable, Iterator

@@ -15,17 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from packattn.hf.cache import CACHES, cache_of, holds_tokens, is_paged, is_prepared
 from packattn.hf.inputs import (
     agree,
-    cache_of,
+    as_called,
     check,
     first_or_later,
     given_sequences,
     goes_on_by_index,
-    holds_tokens,
     is_called,
-    is_paged,
-    is_prepared,
     modules_around,
     no_loss_across,
     no_restarts,
@@ -44,7 +42,6 @@ from packattn.hf.plan import Plan, finds_last_by_padding, one_logit_a_row
 from packattn.hf.running import RUNNING, Running, past_the_hooks
 
 NAME = "packattn"
-_CACHES = ("cache", "past_key_values", "cache_params", "state")
 
 
 @dataclass
@@ -84,7 +81,7 @@ def _with_positions(
     if given is None:
         return None
     no_loss_across(arguments, given, arguments.get("attention_mask"), hook.plan.shifts_labels)
-    return (), arguments | {"position_ids": given + hook.plan.first_position}
+    return as_called(hook.names, args, arguments | {"position_ids": given + hook.plan.first_position})
 
 
 def _spoiled(plan: Plan, tokens_only: bool) -> str:
@@ -121,7 +118,9 @@ def _enter(
     running = Running(plan=hook.plan, owner=module, before=before)
     RUNNING.set(running)
     try:
-        return _arguments(hook, running, module, arguments, tokens)
+        if not _changed(hook, running, module, arguments, tokens):
+            return None
+        return as_called(hook.names, args, arguments)
     except BaseException:
         RUNNING.set(before)
         raise
@@ -138,11 +137,10 @@ def _before(plan: Plan) -> Running | None:
     return before
 
 
-def _arguments(
-    hook: Enter, running: Running, module: nn.Module, arguments: dict[str, Any], tokens: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _changed(hook: Enter, running: Running, module: nn.Module, arguments: dict[str, Any], tokens: Tensor) -> bool:
+    """Change the arguments to what the layers need; False where the forward is left to transformers."""
     if not prepare(running, arguments, tokens):
-        return None
+        return False
     if running.layout is not None and _stays_padded(hook, module, arguments, running.layout):
         running.layout, running.packed = None, False
     if running.layout is not None and one_logit_a_row(module):
@@ -152,12 +150,12 @@ def _arguments(
     elif running.layout is not None:
         if "use_cache" in hook.names:
             arguments["use_cache"] = False
-        for name in _CACHES:
+        for name in CACHES:
             if (cache := arguments.pop(name, None)) is not None and running.position_ids is not None:
                 sign(cache, running.position_ids, running.real)  # left empty, which the next forward would not notice
     if not hook.takes_positions:
         arguments.pop("position_ids", None)
-    return (), arguments
+    return True
 
 
 _enter_untraced: Callable[..., Any] = torch.compiler.disable(_enter)  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from packattn.boundaries import boundaries
+from packattn.hf.cache import CACHES
 from packattn.hf.inputs import OF_SEQUENCES
 from packattn.mask import PackedMask
 
@@ -129,7 +130,7 @@ class Group:
             raise self._no_token(name, value)
         if name in OF_SEQUENCES:
             return None  # every row is one sequence
-        if isinstance(value, Cache) or name in ("use_cache", "cache", "past_key_values", "cache_params"):
+        if isinstance(value, Cache) or name in ("use_cache", *CACHES):
             return False if name == "use_cache" else None
         if isinstance(value, (tuple, list)):
             return type(value)(self.argument(name, part) for part in value)

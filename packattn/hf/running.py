@@ -48,7 +48,7 @@ def past_the_hooks(what: str) -> str:
     return (
         f"{what} runs past the hooks of packattn.patch, so that packed sequences would not be isolated. Call "
         "packattn.patch(model) on this very model: a trainer loads a second one, a reference model, with the "
-        "attn_implementation of the first (TRL's DPOTrainer: packattn.patch(trainer.ref_model)). If it is patched: call "
+        "attn_implementation of the first (TRL's DPOTrainer: packattn.patch(trainer.ref_model)). If it is patched call "
         "model(...) or torch.compile(model), not a compiled model.forward, with a tensor named input_ids or "
         "inputs_embeds."
     )
