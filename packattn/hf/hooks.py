@@ -145,6 +145,7 @@ def _changed(hook: Enter, running: Running, module: nn.Module, arguments: dict[s
         running.layout, running.packed = None, False
     if running.layout is not None and one_logit_a_row(module):
         _check_labels(arguments.get("labels"), len(running.layout.starts))
+        running.padding_token = _padding_token(module, arguments.get("input_ids"), running.layout)
         if not hook.plan.by_length(module):
             _unpack(running, module, arguments)
     elif running.layout is not None:
@@ -223,7 +224,7 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
             f"{type(module).__name__} finds the last token of a sequence by its padding token, which inputs_embeds do "
             "not tell. Pass input_ids, or sequences of one length."
         )
-    pad = getattr(module.config.get_text_config(), "pad_token_id", None) or 0
+    pad = running.padding_token or getattr(module.config.get_text_config(), "pad_token_id", None) or 0
     for name, value in list(arguments.items()):
         if name == "input_ids" and value is not None:
             arguments[name] = group.take(value, pad)
@@ -232,6 +233,48 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
     arguments["attention_mask"] = group.real.long()
     running.position_ids = group.take(running.position_ids) if running.position_ids is not None else None
     running.real, running.layout = group.real.long(), None
+
+
+def _padding_token(module: nn.Module, ids: Tensor | None, layout: Layout) -> int | None:
+    """A token that no sequence ends with, where a classifier finds the last token by a padding token and has none."""
+    assert isinstance(module, PreTrainedModel)
+    if not finds_last_by_padding(module) or getattr(module.config.get_text_config(), "pad_token_id", None) is not None:
+        return None
+    if ids is None:
+        return 0
+    last = [start + length - 1 for start, length in zip(layout.starts, layout.lengths, strict=True)]
+    ends = set(ids.flatten()[last].tolist())
+    return next(token for token in range(len(ends) + 1) if token not in ends)
+
+
+def with_padding_token(module: nn.Module, forward: Callable[..., Any], plan: Plan, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a classifier, which `Enter` may have given a padding token for this call."""
+    given = [] if plan.removed else _give_padding_token(module)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        if given:
+            _take_padding_token(given)
+
+
+def _give_to_configs(module: nn.Module) -> list[Any]:
+    running = RUNNING.get()
+    if running is None or running.padding_token is None or not isinstance(module, PreTrainedModel):
+        return []
+    configs = {id(config): config for config in (module.config, module.config.get_text_config())}
+    given = [config for config in configs.values() if getattr(config, "pad_token_id", None) is None]
+    for config in given:
+        config.pad_token_id = running.padding_token
+    return given
+
+
+def _take_from_configs(configs: list[Any]) -> None:
+    for config in configs:
+        config.pad_token_id = None
+
+
+_give_padding_token: Callable[..., Any] = torch.compiler.disable(_give_to_configs)  # type: ignore[no-untyped-call]
+_take_padding_token: Callable[..., None] = torch.compiler.disable(_take_from_configs)  # type: ignore[no-untyped-call]
 
 
 def _check_labels(labels: Any, sequences: int) -> None:

@@ -25,7 +25,7 @@ from packattn.hf.by_sequence import by_sequence
 from packattn.hf.carry import Carry
 from packattn.hf.continuous import wrap_continuous_batching
 from packattn.hf.guard import Check, Mark
-from packattn.hf.hooks import NAME, Enter, Leave, entered, entering, leaving
+from packattn.hf.hooks import NAME, Enter, Leave, entered, entering, leaving, with_padding_token
 from packattn.hf.inputs import EXPLICIT, modules_around, takes_rows
 from packattn.hf.plan import Plan, make_plan, one_logit_a_row
 from packattn.hf.probe import first_position, probe, runs
@@ -194,6 +194,7 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
     for entry in filter(one_logit_a_row, plan.entries):
         by_length = plan.by_length(entry)
         restore.append(_wrap(entry, by_sequence, plan, "equal") if by_length else _wrap(entry, entered, plan))
+        restore.append(_wrap(entry, with_padding_token, plan))
     for module in dict.fromkeys([*plan.entries, *builders]):
         restore.append(module.register_forward_hook(Leave(plan), always_call=True).remove)
         if plan.needs_layout or "position_ids" not in inspect.signature(module.forward).parameters:

@@ -26,6 +26,7 @@ class Running:
         plain: transformers runs the model by itself, in its own attention: verify, continuous batching.
         packed: False where transformers is left to itself: a forward over a cache.
         layout: where the sequences lie, known on the host; None where nobody needs it or nothing is packed.
+        padding_token: what a classifier without a padding token takes for one, and no sequence ends with.
         masks: the k_start of every PackedMask made in this forward.
         entered, ran: the attention layers that were called, and the ids of those that used such a mask.
     """
@@ -38,6 +39,7 @@ class Running:
     plain: bool = False
     packed: bool = False
     layout: Layout | None = None
+    padding_token: int | None = None
     masks: list[Tensor] = field(default_factory=list)
     entered: dict[int, nn.Module] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
