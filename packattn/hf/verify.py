@@ -146,12 +146,14 @@ def verify(
             if report.leak[style] > 0 and report.first_leak is None:
                 found = (_first_leak(model, x, other_x, position_ids, span, extra(ids)) for span in spans)
                 report.first_leak = next((name for name in found if name is not None), None)
-        report.gradient_leak = _gradient_leak(model, x, position_ids, spans)
-        packed = _outputs_and_gradients(model, [x], [position_ids], {})
+        # Caches have no gradients (RWKV's is changed in place), and layers that are checkpointed from outside would add
+        # to one twice. With an all-ones attention_mask transformers leaks without a cache too.
+        no_cache = {"use_cache": False}
+        masked = no_cache | {"attention_mask": torch.ones_like(ids)}
+        report.gradient_leak = _gradient_leak(model, x, position_ids, spans, masked)
+        packed = _outputs_and_gradients(model, [x], [position_ids], masked)
         rows = [x[:, span] for span in spans], [position_ids[:, span] for span in spans]
         with _eager(pretrained):
-            # Layers that are checkpointed from outside would add to a cache twice.
-            no_cache = {"use_cache": False}
             alone = _outputs_and_gradients(model, *rows, no_cache)
             eps = torch.finfo(x.dtype).eps
             signs = torch.randint(2, x.shape, generator=generator).to(x) * 2 - 1
@@ -239,9 +241,11 @@ def _first_leak(
     return found[0] if found else None
 
 
-def _gradient_leak(model: nn.Module, x: Tensor, position_ids: Tensor, spans: list[slice]) -> float:
+def _gradient_leak(
+    model: nn.Module, x: Tensor, position_ids: Tensor, spans: list[slice], extra: dict[str, Any]
+) -> float:
     x = x.requires_grad_()
-    output, worst = _output(model, x, position_ids, {}), 0.0
+    output, worst = _output(model, x, position_ids, extra), 0.0
     for span in spans:
         (gradient,) = torch.autograd.grad(output[:, span].float().square().sum(), x, retain_graph=True)
         gradient[:, span] = 0
