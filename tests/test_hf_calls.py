@@ -408,3 +408,28 @@ def test_hooks_put_on_after_the_patch_get_the_arguments_as_they_came(name):
             changed = model(input_ids=torch.full_like(ids, 5), position_ids=position_ids)[0]
             model.register_forward_pre_hook(lambda module, args: (torch.full_like(args[0], 5), *args[1:]))
             assert torch.equal(model(ids, position_ids=position_ids)[0], changed)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["xlm-roberta", "esm", "bert"])
+def test_law_1_an_unpacked_row_with_a_padding_token_inside_is_unchanged(name, compiled):
+    # The RoBERTa family counts its positions from the token ids, and padding tokens have none.
+    torch._dynamo.reset()
+    model, ids = tiny(name, AutoModelForMaskedLM), packed_row("llama")["input_ids"].repeat(2, 1)
+    ids[0, [0, 4, 5]] = ids[1, -3:] = model.config.pad_token_id
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with patched(model):
+            call = torch.compile(model, backend="eager") if compiled else model
+            assert_close(call(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["fnet", "big_bird", "convbert"])
+def test_law_1_a_row_longer_than_the_longest_sequence(name):
+    model = tiny(name, AutoModelForMaskedLM)
+    lengths = [model.config.max_position_embeddings - 3, 12, 9]
+    batch = packed_row("llama", lengths)
+    with torch.no_grad():
+        expected = alone(model, batch, lengths)
+        with patched(model):
+            assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, expected)

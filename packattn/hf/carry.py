@@ -76,8 +76,11 @@ class Carry:
             _warn_of_noise(self.plan.builders[-1][1])
         if running.real is not None and module is self.plan.builders[-1][1]:
             _fill_padding(module, arguments, running.real)
-        if "position_ids" in self.names and arguments.get("position_ids") is None:
+        counts_by_itself = running.counted and self.plan.first_position and arguments.get("input_ids") is not None
+        if "position_ids" in self.names and arguments.get("position_ids") is None and not counts_by_itself:
             arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
+        if "token_type_ids" in self.names and arguments.get("token_type_ids") is None:
+            _lengthen_token_types(module, arguments, tokens)
         return as_called(self.names, args, arguments)
 
 
@@ -85,6 +88,13 @@ def _leave_out_cache(arguments: dict[str, Any], names: list[str]) -> None:
     """No cache by default where gradients are wanted: a layer that a checkpoint runs again would add to it twice."""
     if "use_cache" in names and arguments.get("use_cache") is None and cache_of(arguments) is None:
         arguments["use_cache"] = False
+
+
+def _lengthen_token_types(module: PreTrainedModel, arguments: dict[str, Any], tokens: Tensor) -> None:
+    """Token types for a row that is longer than the zeros that a model keeps for its longest sequence (FNet)."""
+    kept = getattr(getattr(module, "embeddings", None), "token_type_ids", None)
+    if isinstance(kept, Tensor) and kept.shape[-1] < tokens.shape[1]:
+        arguments["token_type_ids"] = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
 
 
 def _fill_padding(module: PreTrainedModel, arguments: dict[str, Any], real: Tensor) -> None:

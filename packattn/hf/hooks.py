@@ -175,8 +175,9 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     given, plan = given_sequences(arguments, tokens), running.plan
     first = plan.first_position if plan is not None else 0
     if position_ids is None:
-        counted = None if goes_on_by_index(running.owner, cache) else attention_mask
-        position_ids = (given if given is not None else own_positions(tokens, counted)) + first
+        running.counted = given is None
+        padding = None if goes_on_by_index(running.owner, cache) else attention_mask
+        position_ids = (given if given is not None else own_positions(tokens, padding)) + first
     elif position_ids.ndim == 3:
         position_ids = text_positions(position_ids, given, plan is not None and plan.text_plane)
     elif first and cache is None:  # generate counts from 0
