@@ -124,11 +124,35 @@ def test_verify_shows_the_leak_of_plain_transformers_and_its_end(capsys, monkeyp
     [
         ("t5", "error: packattn cannot isolate packed sequences in T5"),
         ("no_such_type", "error: 'no_such_type' is neither a folder"),
+        ("unknown/model", "error: 'unknown/model' is neither a folder, nor a model type that"),
+        ("./no/such/folder", "error: there is no folder './no/such/folder'"),
+        ("model.gz", "error: model.gz is a file. Give the folder"),
+        ("empty", "error: empty holds no config.json. Give the folder"),
     ],
 )
-def test_verify_says_why_it_cannot_be_done_and_nothing_else(what, reason, capsys, monkeypatch):
+def test_verify_says_why_it_cannot_be_done_and_nothing_else(what, reason, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.gz").write_bytes(b"\x1f\x8b")
     monkeypatch.setattr(sys, "argv", ["packattn", "verify", what])
     assert __main__.main() == 1
     printed = capsys.readouterr()
     assert printed.err.startswith(reason)
     assert not printed.out
+
+
+def test_verify_takes_a_name_of_the_hub(capsys, monkeypatch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from packattn.hf.tiny import load
+
+    load("llama").save_pretrained(tmp_path)
+    asked, of_folder = [], transformers.PreTrainedModel.from_pretrained.__func__
+    read = transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name: asked.append(name) or read(tmp_path))
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM, "from_pretrained", classmethod(lambda cls, name: of_folder(cls, tmp_path))
+    )
+    monkeypatch.setattr(sys, "argv", ["packattn", "verify", "some/Model-1.5_b", "--lengths", "4", "6"])
+    assert __main__.main() == 0
+    assert asked == ["some/Model-1.5_b"]
+    assert "isolated and exact" in capsys.readouterr().out

@@ -196,6 +196,32 @@ def test_law_1_classification_takes_one_label_a_sequence(name):
         assert one is None or (one - other).norm() <= 1e-4 * other.norm() + 1e-7
 
 
+@pytest.mark.parametrize(("name", "compiled"), [("llama", False), ("llama", True), ("gpt2", False), ("jamba", False)])
+def test_law_1_a_classifier_without_a_padding_token_takes_the_last_token_by_length(name, compiled):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = shrink(CONFIG_MAPPING[name])
+    config.pad_token_id = None
+    model, lengths, batch = (
+        AutoModelForSequenceClassification.from_config(config).eval(),
+        [7, 3, 7],
+        packed_row("llama", [7, 3, 7]),
+    )
+    ids = batch["input_ids"]
+    ids[0, [6, 9, 16]] = torch.tensor([0, 1, 3])  # none of these can stand for padding
+    given = {"input_ids": ids, "position_ids": batch["position_ids"]}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # by rows
+        rows = torch.cat([model(input_ids=ids[:, s]).logits for s in spans(lengths)])
+        with packattn.patch(model):
+            call = torch.compile(model, backend="eager") if compiled else model
+            assert_close(call(**given).logits, rows)
+            assert model.config.pad_token_id is None
+            with pytest.raises(ValueError, match=r"one label for each"):
+                call(**given, labels=ids)
+            assert model.config.pad_token_id is None
+
+
 # M-RoPE: three planes of positions, or four with those of the text before them.
 
 

@@ -15,12 +15,15 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import PreTrainedModel
 
 from packattn.boundaries import Boundaries
+from packattn.hf.cache import is_prepared
 from packattn.mask import PackedMask
 
 _OF_A_ROW = re.compile(r"For(SequenceClassification|QuestionAnswering|MultipleChoice)$")
 PROMPTS = "PEFT prompt learning puts virtual tokens before the row and drops position_ids"
 # What says where sequences lie beside position_ids.
 EXPLICIT = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+# All arguments that describe the sequences of a row to its layers: a layer that sees one sequence a row needs none.
+OF_SEQUENCES = (*EXPLICIT, "max_length_q", "max_length_k")
 
 
 def refuse_callers(entries: Collection[nn.Module], tokens_only: bool) -> None:
@@ -89,39 +92,23 @@ def takes_rows(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and bool(_OF_A_ROW.search(type(module).__name__))
 
 
+def as_called(
+    names: list[str], args: tuple[Any, ...], arguments: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a forward as they came, by position or by name: other hooks look for them there.
+
+    Args:
+        names: of the parameters. args: what came by position. arguments: all of them by name; one that was taken out is
+            None where it came by position.
+    """
+    rest = dict(arguments)
+    return tuple(rest.pop(name, None) for name in names[: len(args)]), rest
+
+
 def tokens_of(arguments: dict[str, Any]) -> Any:
     """The input_ids of a forward, or its inputs_embeds."""
     tokens = arguments.get("input_ids")
     return arguments.get("inputs_embeds") if tokens is None else tokens
-
-
-def cache_of(arguments: dict[str, Any]) -> Any:
-    """The cache that a forward was given, under any of the names that transformers has for it."""
-    for name in ("cache", "past_key_values", "cache_params", "state"):
-        if arguments.get(name) is not None:
-            return arguments[name]
-    return None
-
-
-def holds_tokens(cache: Any) -> bool:
-    """Whether a forward continues a cache: decided without reading the device."""
-    if cache is None or isinstance(cache, list):  # RWKV has a list of states, and none before its first token
-        return cache is not None
-    # A static cache counts its tokens on the device; it is made for generation, never for packed training.
-    if getattr(cache, "is_compileable", False):
-        return True
-    if hasattr(cache, "has_previous_state"):
-        try:
-            if cache.has_previous_state():
-                return True
-        except (TypeError, ValueError, IndexError):  # none that tells, or none yet
-            pass
-    if getattr(cache, "linear_cache", None):  # MiniMax's states, beside the layers
-        return True
-    try:
-        return bool(cache.get_seq_length() > 0)
-    except (AttributeError, ValueError):  # a cache of recurrent states only
-        return False
 
 
 def sign(cache: Any, position_ids: Tensor, attention_mask: Any) -> None:
@@ -138,11 +125,6 @@ def refuse_packed(cache: Any) -> None:
             "the cache comes from a packed forward: a token that continues it would see all sequences of the row. "
             "Pass use_cache=False with packed rows, and fill a cache from rows of one sequence each.",
         )
-
-
-def is_prepared(attention_mask: Any) -> bool:
-    """Whether masks were made before the forward, as generate does for static caches."""
-    return isinstance(attention_mask, dict) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
 
 
 def _or_padding(steps: Tensor, attention_mask: Any) -> Tensor:
