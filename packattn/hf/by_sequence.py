@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from packattn.hf.inputs import OF_SEQUENCES
 from packattn.hf.layout import Group, by_group
 from packattn.hf.masks import Carried, is_carried
 from packattn.hf.plan import Plan
@@ -33,7 +34,7 @@ def _by_sequence(
     if running is None and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{type(module).__name__} was recomputed in the backward pass without the boundaries of its packed rows. "
-            "Checkpoint by model.gradient_checkpointing_enable(), which packattn knows."
+            "Checkpoint by model.gradient_checkpointing_enable() or by torch's checkpoint_wrapper, which packattn knows."
         )
     if running is None and kind != "one":
         raise RuntimeError(past_the_hooks(type(module).__name__))
@@ -45,7 +46,9 @@ def _by_sequence(
         def plain(value: Any) -> Any:
             return running.real if running is not None and (is_carried(value) or isinstance(value, Carried)) else value
 
-        return forward(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+        # Mixers of transformers raise on sequences that are given to them without their optional kernels.
+        given = {name: plain(value) for name, value in kwargs.items() if name not in OF_SEQUENCES}
+        return forward(*map(plain, args), **given)
     if kind != "one":
         _no_sharded_layers(module)
     names = list(inspect.signature(type(module).forward).parameters)[1:]

@@ -21,6 +21,8 @@ _OF_A_ROW = re.compile(r"For(SequenceClassification|QuestionAnswering|MultipleCh
 PROMPTS = "PEFT prompt learning puts virtual tokens before the row and drops position_ids"
 # What says where sequences lie beside position_ids.
 EXPLICIT = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+# All arguments that describe the sequences of a row to its layers: a layer that sees one sequence a row needs none.
+OF_SEQUENCES = (*EXPLICIT, "max_length_q", "max_length_k")
 
 
 def refuse_callers(entries: Collection[nn.Module], tokens_only: bool) -> None:

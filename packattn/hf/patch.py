@@ -22,8 +22,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from packattn.errors import UnsupportedModelError
 from packattn.hf.by_sequence import by_sequence
+from packattn.hf.carry import Carry
 from packattn.hf.guard import Check, Mark
-from packattn.hf.hooks import NAME, Carry, Enter, Leave, entered, leaving
+from packattn.hf.hooks import NAME, Enter, Leave, entered, leaving
 from packattn.hf.inputs import EXPLICIT, modules_around, takes_rows
 from packattn.hf.plan import Plan, make_plan, one_logit_a_row
 from packattn.hf.probe import first_position, probe, runs

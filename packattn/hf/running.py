@@ -55,21 +55,50 @@ RUNNING: ContextVar[Running | None] = ContextVar("packattn_running", default=Non
 SUSPENDED = Running()
 
 
-def keep_running_in_checkpoints(module: nn.Module) -> None:
-    """Recomputation runs outside of the forward: it gets what its forward knew along with its arguments."""
+# What holds the function that checkpoints a layer: transformers' layers, and torch's wrapper around any module, which
+# FSDP and Accelerate put there.
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+def keep_running_in_checkpoints(module: nn.Module) -> bool:
+    """Recomputation runs outside of the forward: it gets what its forward knew along with its arguments.
+
+    Returns:
+        Whether something else than transformers checkpoints layers, which knows no caches.
+
+    Raises:
+        NotImplementedError: reentrant checkpoints around layers that share keys and values.
+    """
+    from_outside = reentrant = shares = False
     for layer in module.modules():
-        function = getattr(layer, "_gradient_checkpointing_func", None)
-        if function is not None and not (isinstance(function, partial) and function.func is _checkpoint):
-            layer._gradient_checkpointing_func = partial(_checkpoint, function)  # type: ignore[assignment]
+        own = vars(layer)
+        shares = shares or bool(own.get("is_kv_shared_layer"))
+        for name in _CHECKPOINTS:
+            function = own.get(name)
+            if function is None:
+                continue
+            if not (isinstance(function, partial) and function.func is _checkpoint):
+                function = partial(_checkpoint, function)
+                setattr(layer, name, function)
+            outside = name == "checkpoint_fn"
+            from_outside = from_outside or outside
+            options = getattr(function.args[0], "keywords", {})
+            reentrant = reentrant or bool(options.get("use_reentrant") and (outside or own.get("gradient_checkpointing")))
+    if reentrant and shares:
+        raise NotImplementedError(
+            f"{type(module).__name__} has layers that share keys and values, to which reentrant checkpoints give no "
+            "gradient. Checkpoint with use_reentrant=False (CheckpointImpl.NO_REENTRANT)."
+        )
+    return from_outside
 
 
-def _checkpoint(function: Callable[..., Any], call: Callable[..., Any], *args: Any) -> Any:
-    return function(partial(_under, RUNNING.get(), call), *args)
+def _checkpoint(function: Callable[..., Any], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(partial(_under, RUNNING.get(), call), *args, **kwargs)
 
 
-def _under(running: Running | None, call: Callable[..., Any], *args: Any) -> Any:
+def _under(running: Running | None, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     token = RUNNING.set(running)
     try:
-        return call(*args)
+        return call(*args, **kwargs)
     finally:
         RUNNING.reset(token)
