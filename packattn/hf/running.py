@@ -40,6 +40,11 @@ class Running:
     entered: dict[int, nn.Module] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the first forward of a patched model, which may wait for the device."""
+        return self.plan is not None and self.plan.first_forward
+
 
 def past_the_hooks(what: str) -> str:
     """The error of a layer or model that runs where nothing tells packed sequences apart."""
@@ -83,7 +88,9 @@ def keep_running_in_checkpoints(module: nn.Module) -> bool:
             outside = name == "checkpoint_fn"
             from_outside = from_outside or outside
             options = getattr(function.args[0], "keywords", {})
-            reentrant = reentrant or bool(options.get("use_reentrant") and (outside or own.get("gradient_checkpointing")))
+            reentrant = reentrant or bool(
+                options.get("use_reentrant") and (outside or own.get("gradient_checkpointing"))
+            )
     if reentrant and shares:
         raise NotImplementedError(
             f"{type(module).__name__} has layers that share keys and values, to which reentrant checkpoints give no "
