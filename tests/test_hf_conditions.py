@@ -102,6 +102,6 @@ def test_law_3_text_positions_for_images_raise():
     batch = packed_row("llama", [5, 3])
     with (
         packattn.patch(model),
-        pytest.raises(ValueError, match="give the tokens of pixel_values the positions of text"),
+        pytest.raises(ValueError, match="tokens of pixel_values positions of text"),
     ):
         model(**batch, pixel_values=torch.zeros(4, 8), image_grid_thw=torch.tensor([[1, 2, 2]]))
