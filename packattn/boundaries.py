@@ -130,6 +130,23 @@ def boundaries(position_ids: Tensor, attention_mask: Tensor | None = None) -> Bo
     >>> boundaries(torch.tensor([0, 1, 2, 0, 1])).cu_seqlens.tolist()
     [0, 3, 5, 5, 5, 5]
     """
+    found = unchecked_boundaries(position_ids, attention_mask)
+    if attention_mask is not None:
+        torch._assert_async(*no_hole(found))
+    return found
+
+
+def no_hole(found: Boundaries) -> tuple[Tensor, str]:
+    """The condition that padding lies between sequences only, bool () on the device, and the message of its error."""
+    message = (
+        "attention_mask has a hole: padding inside a sequence whose positions continue after it. Such a mask is not "
+        "one span of keys per token; move the padding before or after the sequence."
+    )
+    return found.summary[2] == 0, message
+
+
+def unchecked_boundaries(position_ids: Tensor, attention_mask: Tensor | None = None) -> Boundaries:
+    """As `boundaries`, with `no_hole` left to the caller."""
     if not isinstance(position_ids, Tensor) or position_ids.dtype not in INTEGERS:
         raise TypeError(f"position_ids must be an int32 or int64 tensor, got {described(position_ids)}.")
     if position_ids.ndim == 1:
@@ -161,14 +178,7 @@ def boundaries(position_ids: Tensor, attention_mask: Tensor | None = None) -> Bo
             )
     if position_ids.numel() > _MOST:
         raise ValueError(f"position_ids must hold fewer than 2**31 tokens, got {position_ids.numel()}.")
-    found = Boundaries(*torch.ops.packattn.boundaries(position_ids, attention_mask))
-    if attention_mask is not None:
-        torch._assert_async(
-            found.summary[2] == 0,
-            "attention_mask has a hole: padding inside a sequence whose positions continue after it. Such a mask is "
-            "not one span of keys per token; move the padding before or after the sequence.",
-        )
-    return found
+    return Boundaries(*torch.ops.packattn.boundaries(position_ids, attention_mask))
 
 
 def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:

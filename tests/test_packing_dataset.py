@@ -163,7 +163,9 @@ OTHER_COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list, lambda examples: Source(examples)])
+@pytest.mark.parametrize(
+    "kind", [list, datasets.Dataset.from_list, lambda examples: dict(enumerate(examples)).values()]
+)
 def test_columns_that_hold_no_number_per_token_are_left_out_and_named(kind):
     example = {"input_ids": [1, 2], "weight": [0.5, 1.0], "completion_mask": [1, 1]} | OTHER_COLUMNS
     with pytest.warns(UserWarning, match="are not packed") as said:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from packattn.requirements import missing
 from packattn.data.report import OFFLINE
 from packattn.data.values import counted
+from packattn.requirements import missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
