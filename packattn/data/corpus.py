@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from packattn.data.dataset import PackRows, count_tokens, shown
+from packattn.data.counts import count_tokens, shown
+from packattn.data.dataset import PackRows
 from packattn.data.jsonl import LineError, Reader
-from packattn.data.packing import Method, Overlong, PackingPlan, longest, make_limits, pack
+from packattn.data.packing import Method, Overlong, longest, make_limits, pack
+from packattn.data.plan import PackingPlan
 from packattn.data.values import write_whole
 from packattn.requirements import missing
 
