@@ -1,14 +1,18 @@
 """The compiled Triton kernels: run by the PTX emulator through the real launchers, and compiled for every target.
 
 The interpreter cannot compute bfloat16, and does not see layouts, pipelines or races; the emulator runs what the
-compiler made for sm_80.
+compiler made for sm_80 (mma.sync) and sm_90 (wgmma). What it runs for sm_90 is slow, but for laws 1, 2 and 5 on the
+first case, which share their compiled kernels.
 """
 
+import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import slow
 import torch
+from ptxemu import RaceError
 from tiny_models import make, packed_row
 
 import packattn
@@ -28,10 +32,14 @@ def emulating(arch):
     return launches(arch, partial(emulate, check_races=True, check_conflicts=True))
 
 
-@pytest.fixture
-def emulator():
-    with emulating(80):
+@pytest.fixture(params=[80, pytest.param(90, marks=pytest.mark.slow)], ids="sm_{}".format)
+def emulator(request):
+    """Kernels of a target in the emulator."""
+    with emulating(request.param):
         yield
+
+
+not_slow_on_sm_90 = pytest.mark.parametrize("emulator", [80, 90], indirect=True, ids="sm_{}".format)
 
 
 def assert_compiled_is_accurate(case, dtype):
@@ -90,8 +98,20 @@ SLOW = (
 )
 
 
-@pytest.mark.parametrize("case", slow.cases(CASES, SLOW))
-def test_compiled_bfloat16_is_accurate(case, emulator):
+SLOW_ON_SM_90 = ";".join(case.name for case in CASES[1:])
+
+
+def on(arch, cases):
+    """Parameters `emulator` and `case` of a target."""
+    return [pytest.param(arch, *case.values, id=f"sm_{arch}-{case.id}", marks=case.marks) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("emulator", "case"),
+    on(80, slow.cases(CASES, SLOW)) + on(90, slow.cases(CASES, SLOW_ON_SM_90)),
+    indirect=["emulator"],
+)
+def test_compiled_bfloat16_is_accurate(emulator, case):
     assert_compiled_is_accurate(case, torch.bfloat16)
 
 
@@ -137,13 +157,38 @@ def test_compiled_dropout_draws_the_bits_of_every_backend(case, emulator):
         torch.testing.assert_close(one, other)
 
 
+@not_slow_on_sm_90
 def test_law_2_compiled_kernels_do_not_leak(emulator):
     check_isolation(CASES[0], "triton", torch.bfloat16, "cpu")
 
 
+@not_slow_on_sm_90
 def test_law_5_compiled_kernels_are_deterministic(emulator):
     first, second = (run(packed("triton"), CASES[0], torch.bfloat16, "cpu") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+BREAKS = {
+    "no proxy fence": (r"fence\.proxy\.async\S*;", "", "without a fence.proxy.async"),
+    "a wait too weak": (r"(wgmma\.wait_group\.sync\.aligned\s+)0;", r"\g<1>1;", "used before its wait"),
+}
+
+
+@pytest.mark.parametrize("change", BREAKS)
+@pytest.mark.parametrize("kernel", ["_fwd_kernel", *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS[2:])])
+def test_kernels_of_sm_90_that_are_broken_are_reported(kernel, change):
+    pattern, replacement, what = BREAKS[change]
+
+    def broken(compiled, *launch):
+        ptx = compiled.asm["ptx"]
+        if compiled.metadata.name == kernel:
+            ptx, count = re.subn(pattern, replacement, ptx)
+            assert count
+        copy = SimpleNamespace(metadata=compiled.metadata, asm={"ptx": ptx})
+        emulate(copy, *launch, check_races=True, allow_missing_proxy_fence=False)
+
+    with launches(90, broken), pytest.raises(RaceError, match=what):
+        run(packed("triton"), CASES[0], torch.bfloat16, "cpu")
 
 
 def test_law_7_the_grid_depends_on_the_number_of_tokens_only(monkeypatch):
