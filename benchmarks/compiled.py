@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 from packattn.kernels import backward, forward
 from packattn.kernels import tile as tile_module
+from packattn.kernels.launch import COMPILER_OPTIONS
 from packattn.kernels.table import Tile, parts_of
 
 KERNELS = {
@@ -141,7 +142,7 @@ def compile_pass(
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **COMPILER_OPTIONS}
     return triton.compile(source, target=target_of(arch), options=options)
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import slow
 import torch
+import triton
 from ptxemu import RaceError
 from tiny_models import make, packed_row
 
@@ -255,6 +256,14 @@ def test_every_launch_compiles_for_every_target(target, aligned, tokens, monkeyp
     for kernel in found:
         assert kernel.metadata.target.arch == target
         assert kernel.metadata.shared <= GPUS[target].block_shared, kernel.metadata.name
+
+
+def test_every_launch_asks_for_fused_multiply_add(monkeypatch):
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
+    fused = []
+    with launches(80, lambda compiled, *_: fused.append(compiled.metadata.enable_fp_fusion)):
+        run(packed("triton"), CASES[0], torch.bfloat16, "cpu")
+    assert fused == [True] * 4
 
 
 @pytest.mark.parametrize("heads_q", [3, pytest.param(5, marks=pytest.mark.slow)])

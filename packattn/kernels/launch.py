@@ -19,6 +19,9 @@ _DELTA_ROWS = 64
 _ENOUGH_PROGRAMS = 512
 # A thread of dK/dV takes nearly all of the 255 registers it can have: so many warps a multiprocessor holds at once.
 _RESIDENT_WARPS = 8
+# Said because Triton 3.10 turns fusion off by default: the backward pass recomputes scores as the forward pass rounded
+# them, once for a multiply-add, and the launch table was made with fusion.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
 # Rows of a tile, at most 128, are 32-bit offsets from its first.
 _STRIDE_LIMIT = 2**31 // 128
 
@@ -197,7 +200,7 @@ def _tile_options(tile: Tile, shared: dict[str, Any]) -> dict[str, Any]:
     return {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "PARTS": parts_of(shared["HEAD_DIM"], tile.width), "PARTS_V": parts_of(shared["HEAD_DIM_V"], tile.width),
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages, "HELD": tile.held,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages, "HELD": tile.held, **COMPILER_OPTIONS,
     }  # fmt: skip
 
 
@@ -253,7 +256,7 @@ def backward(
             _bwd_delta_kernel[(_blocks(tokens, _DELTA_ROWS), heads)](
                 out, dout, None if dlse is None else dlse.contiguous(), delta, out.stride(0), out.stride(1),
                 dout.stride(0), dout.stride(1), tokens, HEAD_DIM_V=v.shape[2], PARTS_V=options["PARTS_V"],
-                BLOCK_M=_DELTA_ROWS, HAS_DLSE=dlse is not None,
+                BLOCK_M=_DELTA_ROWS, HAS_DLSE=dlse is not None, **COMPILER_OPTIONS,
             )  # fmt: skip
             _bwd_dq_kernel[(made.tiles(tokens, tokens_k)[1] * heads_k,)](
                 dq_ptr=dq, k_start_ptr=k_start, k_end_ptr=k_end, order_ptr=tiles_q, stride_dqt=dq.stride(0),
