@@ -1,4 +1,4 @@
-"""Speed bounded, not timed: what the counts of our compiled kernels allow on an A100, an A10 and an RTX 4090.
+"""Speed bounded, not timed: what the counts of our compiled kernels allow on A100, A10, RTX 4090, H100 and H200.
 
 The launches of one training step, bound by Triton's own JIT, run in the PTX emulator with its profile on, on lengths
 drawn from the real sets (up to 4,096 tokens each). Counts over published throughputs give a lower bound of the time:
@@ -33,7 +33,7 @@ import ptx_bound
 from ptxemu import Profile, run_triton
 
 # A kernel compiled for sm_86 stands for sm_89 too: the tiles and the PTX are the same.
-ARCHES = {"A100": 80, "A10": 86, "RTX 4090": 86}
+ARCHES = {"A100": 80, "A10": 86, "RTX 4090": 86, "H100": 90, "H200": 90}
 SETS = ("math", "short tasks")
 
 
@@ -215,7 +215,7 @@ def report(profiles: dict[Key, dict[str, Profile]], tokens: int) -> list[dict[st
     """Print the table; its lines as a list."""
     lines = []
     for name, shape in dict.fromkeys((key[0], key[1]) for key in profiles):
-        for gpu in ARCHES:
+        for gpu in dict.fromkeys(key[2] for key in profiles):
             print(f"\n{name}, {shape}, {gpu}: lower bounds from counts, not timings")
             print(
                 f"{'':24}{'us':>8} {'limit':10}{'idle':>6}{'tensor':>8}{'bank':>7}{'bytes':>7}{'tiles':>7}   us of each"
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="length of the stream")
     parser.add_argument("--sets", nargs="+", choices=packs.NAMES, default=list(SETS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--gpus", nargs="+", choices=ARCHES, default=list(ARCHES))
     parser.add_argument("--kinds", nargs="+", choices=("ours", "plain"), default=["ours", "plain"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/gpu_bound.json"))
@@ -265,7 +266,7 @@ def main() -> None:
         (name, lengths, shape, arch, kind)
         for name, lengths in drawn.items()
         for shape in options.shapes
-        for arch in dict.fromkeys(ARCHES.values())
+        for arch in dict.fromkeys(ARCHES[gpu] for gpu in options.gpus)
         for kind in options.kinds
     ]
     with ProcessPoolExecutor(options.processes) as pool:

@@ -66,13 +66,14 @@ def test_the_launch_table_keeps_its_aims_on_real_lengths():
             assert ours[0].efficiency >= least * flash[0].efficiency, (name, dim, group)
 
 
-def test_one_head_stands_for_all_and_an_order_only_permutes(monkeypatch):
+@pytest.mark.parametrize(("gpu", "arch"), [("A100", 80), pytest.param("H100", 90, marks=pytest.mark.slow)])
+def test_one_head_stands_for_all_and_an_order_only_permutes(monkeypatch, gpu, arch):
     shape, lengths = gpu_bound.Shape(4, 2, 16), [50, 9, 70]
-    found = gpu_bound.profile_ours(lengths, shape, 80)
+    found = gpu_bound.profile_ours(lengths, shape, arch)
     assert set(found) == {"forward", "delta", "dq", "dkdv"}
-    small = dataclasses.replace(gpu_bound.ptx_bound.GPUS["A100"], sms=8)
-    monkeypatch.setitem(gpu_bound.ptx_bound.GPUS, "A100", small)
-    orders = gpu_bound.orders(lengths, shape, "A100")
+    small = dataclasses.replace(gpu_bound.ptx_bound.GPUS[gpu], sms=8)
+    monkeypatch.setitem(gpu_bound.ptx_bound.GPUS, gpu, small)
+    orders = gpu_bound.orders(lengths, shape, gpu)
     mask = PackedMask.causal(lengths=lengths)
     profiles = {}
 
@@ -83,14 +84,14 @@ def test_one_head_stands_for_all_and_an_order_only_permutes(monkeypatch):
     q, k, v = (torch.zeros(129, heads, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
     rest = (None, None, None, None, 0.25, 0.0, 0.0)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 8)
-    with emulated.launches(80, run):
+    with emulated.launches(arch, run):
         given = launch.launch_order(*mask[:4], 4, 2, 16, 16, q.dtype)
         out, lse, norm = launch.forward(q, k, v, *mask[:4], given, *rest)
         launch.backward(out, None, q, k, v, out, lse, norm, *mask[:4], given, *rest)
     for (kernel, lying), whole in zip(found.items(), profiles.values(), strict=True):
         profile = lying if kernel == "delta" else gpu_bound.in_order(lying, orders[kernel])
         assert profile.ctas == whole.ctas
-        for name in ("mma bf16", "mufu", "shared store", "barrier"):
+        for name in ("mma bf16", "mufu", "shared store", "barrier", "wgmma wavefronts"):
             if name in whole.counts:
                 assert profile.counts[name].tolist() == whole.counts[name].tolist(), name
 
