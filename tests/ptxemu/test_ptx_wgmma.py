@@ -325,6 +325,15 @@ def test_triton_attention_for_hopper():
     assert attend(ptx, check_races=True, check_uninit=True, check_conflicts=True)
 
 
+def test_two_warpgroups_share_an_operand():
+    args, want = attention_case(256, 2, 64, torch.float16)
+    for lanes in (4096, 256):                               # all CTAs together, one after another
+        args['out'].zero_()
+        run_triton(attention_kernel, (2, 2), args, dict(D=64, BM=128, BN=64), num_warps=8, arch=90, check_races=True,
+                   check_uninit=True, check_conflicts=True, max_lanes=lanes)
+        assert (args['out'].double() - want).abs().max() < 2e-3
+
+
 def test_triton_tf32_products_for_hopper():
     a, b, c = torch.randn(128, 64), torch.randn(64, 64), torch.zeros(128, 64)
     compiled = run_triton(matmul_kernel, (2, 1), dict(a=a, b=b, c=c, M=128, N=64, K=64),
