@@ -110,8 +110,8 @@ def verify(
             is 0, or 2 in the RoBERTa family.
 
     Raises:
-        TypeError: no transformers model. ValueError: fewer than two sequences, or an empty one; a model that does not run
-            on inputs_embeds and position_ids alone.
+        TypeError: no transformers model. ValueError: fewer than two sequences, or an empty one; a model that does not
+            run on inputs_embeds and position_ids alone.
     """
     pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not pretrained:
@@ -187,7 +187,7 @@ def _assert_probed(model: nn.Module, x: Tensor, position_ids: Tensor) -> None:
     """Raise where the model's own code needs something else than verify gives it."""
     try:
         _output(model, x, position_ids, {})
-    except (TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
+    except (TypeError, AttributeError, ValueError, LookupError, RuntimeError) as error:
         if "packattn" in str(error):
             raise
         raise ValueError(
