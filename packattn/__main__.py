@@ -12,6 +12,7 @@ from packattn import info, ops, selftest
 from packattn.attention import Backend
 from packattn.data import command
 from packattn.errors import UnsupportedModelError
+from packattn.requirements import missing
 
 
 def run_selftest() -> int:
@@ -46,7 +47,7 @@ def run_data_command(arguments: argparse.Namespace) -> int:
 
     def load(name: str) -> object:
         if info.version_of("transformers") is None:
-            raise ImportError("--tokenizer needs transformers: pip install packattn[hf]")
+            raise missing("--tokenizer", "transformers", "hf")
         from packattn.hf.tokenizer import load_tokenizer
 
         return load_tokenizer(name)

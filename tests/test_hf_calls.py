@@ -112,7 +112,7 @@ def test_law_3_a_model_around_that_makes_its_own_positions_raises():
     ids = packed_row("llama", lengths)["input_ids"]
     with packattn.patch(model), torch.no_grad():
         model(ids, [12])
-        with pytest.raises(RuntimeError, match="begin other sequences than those that it was called with"):
+        with pytest.raises(ValueError, match="begin other sequences than those that it was called with"):
             model(ids, lengths)
 
 
@@ -149,7 +149,7 @@ def test_law_3_given_sequences_over_a_static_cache_raise():
     model, ids = make("llama"), packed_row("llama", [7, 5])["input_ids"]
     seq_idx = torch.tensor([[0] * 7 + [1] * 5])
     cache = StaticCache(config=model.config, max_cache_len=64)
-    with packattn.patch(model), pytest.raises(RuntimeError, match="restart in a forward over a cache"):
+    with packattn.patch(model), pytest.raises(ValueError, match="restart in a forward over a cache"):
         model(input_ids=ids, seq_idx=seq_idx, past_key_values=cache)
 
 
@@ -209,7 +209,7 @@ def test_masks_made_beforehand_over_an_empty_cache_raise_for_a_packed_row():
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     inputs["attention_mask"] = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
     cache = transformers.DynamicCache(config=model.config)
-    with packattn.patch(model), pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
+    with packattn.patch(model), pytest.raises(ValueError, match="position_ids restart in a forward over a cache"):
         model(**inputs, past_key_values=cache)
 
 
@@ -231,7 +231,7 @@ def test_the_loss_of_spans_of_a_whole_row_raises_for_a_packed_row(name, compiled
         call = torch.compile(model, backend="eager") if compiled else model
         torch.testing.assert_close(call(**row, **asked).loss, plain)
         row["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-        with pytest.raises(RuntimeError, match="a loss over the tokens of a whole row"):
+        with pytest.raises(ValueError, match="a loss over the tokens of a whole row"):
             call(**row, **asked)
 
 
@@ -308,7 +308,7 @@ def test_law_3_labels_across_sequences_raise(how):
         given = {"labels": labels}
         if how == "shifted":
             given["shift_labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        with pytest.raises(RuntimeError, match="the last token of a sequence predict the first of the next one"):
+        with pytest.raises(ValueError, match="the last token of a sequence predict the first of the next one"):
             call(**batch, **given)
 
 

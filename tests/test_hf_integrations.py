@@ -242,6 +242,7 @@ with packattn.patch(model):
 """
 
 
+@pytest.mark.slow
 def test_liger_kernels_around_packed_attention():
     pytest.importorskip("liger_kernel", reason="pip install 'packattn[heavy]'")
     # Without a GPU its kernels run in Triton's interpreter: those that the interpreter can run.
@@ -383,7 +384,10 @@ def _gradients(*hows):
     return [[gradient.numpy() for gradient in _gradient_on_rank(how, rank, world)] for how in hows]
 
 
-@pytest.mark.parametrize(("world", "hows"), [(2, ["ddp", "fsdp2", "fsdp2 hybrid"]), (4, ["ddp", "fsdp2"])])
+@pytest.mark.parametrize(
+    ("world", "hows"),
+    [(2, ["ddp", "fsdp2", "fsdp2 hybrid"]), pytest.param(4, ["ddp", "fsdp2"], marks=pytest.mark.slow)],
+)
 def test_ranks_together_take_the_gradient_of_the_examples_alone(world, hows):
     found = on_ranks(world, _gradients, *hows)
     for how, gradients in zip(hows, found, strict=True):

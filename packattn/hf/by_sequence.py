@@ -63,9 +63,9 @@ def _by_sequence(
             "encoder_hidden_states: cross-attention of a packed row is not supported by packattn. Remove the patch."
         )
     labels = arguments.pop("labels", None) if plan.by_length(module) else None
-    if isinstance(labels, Tensor) and not labels.dtype.is_floating_point:
-        # The loss of each group is put together by its number of sequences.
-        torch._assert_async((labels != -100).all(), "labels of packed sequences must not be ignored (-100).")
+    # The loss of each group is put together by its number of sequences. Lengths were read on the host as well.
+    if isinstance(labels, Tensor) and not labels.dtype.is_floating_point and bool((labels == -100).any()):
+        raise ValueError(f"labels must hold a class for every packed sequence, got -100 in {labels.tolist()}.")
 
     def call(group: Group) -> Any:
         token = RUNNING.set(SUSPENDED)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from packattn.hf.cache import cache_of, is_paged
+from packattn.hf.conditions import Conditions
 from packattn.hf.hooks import NAME, prepare
 from packattn.hf.inputs import as_called, same_sequences, tokens_of
 from packattn.hf.masks import Carried, carry, is_carried
@@ -67,7 +68,9 @@ class Carry:
             raise NotImplementedError(
                 "encoder_hidden_states: cross-attention of a packed row is not supported by packattn. Remove the patch."
             )
-        same_sequences(arguments.get("position_ids"), running.position_ids, running.real)
+        conditions = Conditions()
+        same_sequences(conditions, arguments.get("position_ids"), running.position_ids, running.real)
+        conditions.enforce(running.first)
         carried = carry(running.position_ids, running.real, tokens.shape[0])
         arguments["attention_mask"] = Carried(carried) if self.four else carried
         if hasattr(module, "_maybe_slice_kv_shared_inputs") and module not in self.plan.entries:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from packattn.hf.cache import CACHES, cache_of, holds_tokens, is_paged, is_prepared
+from packattn.hf.conditions import Conditions
 from packattn.hf.inputs import (
     agree,
     as_called,
@@ -27,6 +28,7 @@ from packattn.hf.inputs import (
     modules_around,
     no_loss_across,
     no_restarts,
+    no_text_positions_of_media,
     no_transforms,
     own_positions,
     refuse_callers,
@@ -73,14 +75,18 @@ def _with_positions(
         return None
     if why := _spoiled_in_a_trace(hook.plan, arguments.get("input_ids") is None and position_ids is None):
         raise NotImplementedError(why)
+    conditions = Conditions()
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
-        no_loss_across(arguments, position_ids, arguments.get("attention_mask"), hook.plan.shifts_labels)
+        no_loss_across(conditions, arguments, position_ids, arguments.get("attention_mask"), hook.plan.shifts_labels)
+        conditions.enforce()
+    no_text_positions_of_media(arguments, position_ids, hook.plan.planes)
     if position_ids is not None or hook.plan.text_plane:
         return None
-    given = given_sequences(arguments, tokens)
+    given = given_sequences(conditions, arguments, tokens)
     if given is None:
         return None
-    no_loss_across(arguments, given, arguments.get("attention_mask"), hook.plan.shifts_labels)
+    no_loss_across(conditions, arguments, given, arguments.get("attention_mask"), hook.plan.shifts_labels)
+    conditions.enforce()
     return as_called(hook.names, args, arguments | {"position_ids": given + hook.plan.first_position})
 
 
@@ -166,29 +172,33 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     """Fill in what a forward is; False where it is left to transformers."""
     position_ids, attention_mask = arguments.get("position_ids"), arguments.get("attention_mask")
     cache = cache_of(arguments)
-    refuse_packed(cache)
+    conditions = Conditions()
+    refuse_packed(conditions, cache)
     if holds_tokens(cache) or (cache is not None and is_prepared(attention_mask)):
-        for positions in (position_ids, given_sequences(arguments, tokens)):
-            no_restarts(positions, attention_mask, tokens)
+        for positions in (position_ids, given_sequences(conditions, arguments, tokens)):
+            no_restarts(conditions, positions, attention_mask, tokens)
+        conditions.enforce(running.first)
         return False
-    check(tokens, position_ids, attention_mask)
-    given, plan = given_sequences(arguments, tokens), running.plan
+    check(conditions, tokens, position_ids, attention_mask)
+    given, plan = given_sequences(conditions, arguments, tokens), running.plan
+    no_text_positions_of_media(arguments, position_ids, plan is not None and plan.planes)
     first = plan.first_position if plan is not None else 0
     if position_ids is None:
         running.counted = given is None
         padding = None if goes_on_by_index(running.owner, cache) else attention_mask
         position_ids = (given if given is not None else own_positions(tokens, padding)) + first
     elif position_ids.ndim == 3:
-        position_ids = text_positions(position_ids, given, plan is not None and plan.text_plane)
+        position_ids = text_positions(conditions, position_ids, given, plan is not None and plan.text_plane)
     elif first and cache is None:  # generate counts from 0
-        first_or_later(position_ids, attention_mask, first)
+        first_or_later(conditions, position_ids, attention_mask, first)
     if given is not None:
-        agree(position_ids, given, attention_mask)
+        agree(conditions, position_ids, given, attention_mask)
     rows = tokens.shape[0]
     running.position_ids = position_ids.expand(rows, -1)
     running.real = attention_mask.expand(rows, -1) if attention_mask is not None else None
     running.packed = True
-    no_loss_across(arguments, running.position_ids, running.real, plan is not None and plan.shifts_labels)
+    no_loss_across(conditions, arguments, running.position_ids, running.real, plan is not None and plan.shifts_labels)
+    conditions.enforce(running.first)
     if running.plan is not None and running.plan.needs_layout:
         refuse_trace()
         no_transforms(torch._C._functorch.is_batchedtensor(running.position_ids))
@@ -343,6 +353,8 @@ def leaving(
 def _leave(module: nn.Module) -> None:
     running = RUNNING.get()
     if running is not None and running.owner is module:
+        if running.plan is not None:
+            running.plan.first_forward = False
         RUNNING.set(running.before)
 
 

@@ -133,6 +133,7 @@ def patch(model: nn.Module) -> Patch:
     except BaseException:
         Patch(model, plan, restore).remove()
         raise
+    plan.first_forward = True  # those of the probe are not the user's
     if plan.rows:
         warnings.warn(
             f"packattn runs the layers of {name} on one row per sequence, once for every length in the batch, which is "

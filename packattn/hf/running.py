@@ -46,6 +46,11 @@ class Running:
     entered: dict[int, nn.Module] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the first forward of a patched model, which may wait for the device."""
+        return self.plan is not None and self.plan.first_forward
+
 
 def past_the_hooks(what: str) -> str:
     """The error of a layer or model that runs where nothing tells packed sequences apart."""

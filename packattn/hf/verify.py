@@ -172,14 +172,15 @@ def _routes(config: PreTrainedConfig) -> bool:
     return any(getattr(part, name, None) for part in [config, *inner] for name in _EXPERTS)
 
 
-def _embeddings(model: PreTrainedModel) -> nn.Module:
+def _embeddings(model: PreTrainedModel) -> nn.Embedding:
     try:
-        embeddings = model.get_input_embeddings()
+        embeddings: Any = model.get_input_embeddings()
     except NotImplementedError:
         embeddings = None
     if not isinstance(getattr(embeddings, "weight", None), Tensor):
         raise ValueError(f"verify cannot probe {type(model).__name__}, which has no table of token embeddings.")
-    return embeddings
+    table: nn.Embedding = embeddings
+    return table
 
 
 @torch.no_grad()
