@@ -93,7 +93,8 @@ def test_law_3_a_cache_filled_by_a_packed_forward_cannot_be_continued(given, com
         call = torch.compile(model, backend="eager") if compiled else model
         extra = {"past_key_values": DynamicCache(config=model.config)} if given else {"use_cache": True}
         cache = call(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **extra).past_key_values
-        with pytest.raises(ValueError, match="the cache comes from a packed forward"):
+        # Values are read on the host in eager mode, and asserted in a graph.
+        with pytest.raises(RuntimeError if compiled else ValueError, match="the cache comes from a packed forward"):
             call(input_ids=one_more, past_key_values=cache)
         whole = call(input_ids=batch["input_ids"], use_cache=True).past_key_values
         found = call(input_ids=one_more, past_key_values=whole).logits
@@ -156,7 +157,7 @@ def test_law_3_a_compiled_forward_past_the_hooks_over_a_static_cache_raises():
     given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     with packattn.patch(model), torch.no_grad():
         forward = torch.compile(model.model.forward, backend="eager")
-        with pytest.raises(ValueError, match="position_ids restart in a forward over a cache"):
+        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
             forward(**given, past_key_values=StaticCache(config=model.config, max_cache_len=64))
 
 
