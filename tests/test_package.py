@@ -37,7 +37,8 @@ ALLOWED = {
     "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
     "info": {"attention", "ops", "schemas", "selftest"},
     "__init__": {"losses", "attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
-    "__main__": {"info", "selftest", "attention", "errors", "ops", "data", "hf"},
+    "cli": {"info", "selftest", "attention", "errors", "ops", "data", "hf"},
+    "__main__": {"cli"},
 }
 
 
