@@ -16,7 +16,7 @@ import torch
 from packattn import info, ops, selftest
 from packattn.attention import Backend
 from packattn.data.corpus import LongLines, Packed, counted, pack_corpus
-from packattn.data.dataset import shown
+from packattn.data.counts import shown
 from packattn.data.examples import targets
 from packattn.data.fit import LARGEST_CAPACITY
 from packattn.data.formats import Targets
@@ -71,6 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
         data.add_argument("--capacity", type=int, default=4096, help="tokens of a row (%(default)s)")
         data.add_argument("--text", default="text", metavar="FIELD", help="the field of text (%(default)s)")
         data.add_argument("--no-end", action="store_true", help="append no end-of-text token to texts and completions")
+        data.add_argument(
+            "--columns", nargs="*", metavar="NAME",
+            help="of lines with input_ids, the further fields to keep (all that are lists of numbers)",
+        )  # fmt: skip
         data.add_argument(
             "--bad-lines", choices=get_args(BadLines), default="error", help="a line that cannot be used (%(default)s)"
         )
@@ -238,7 +242,9 @@ def _reader(arguments: argparse.Namespace, learnt: Targets) -> Reader:
         from packattn.hf.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(arguments.tokenizer)
-    return Reader(arguments.file, tokenizer, arguments.text, arguments.bad_lines, learnt, not arguments.no_end)
+    return Reader(
+        arguments.file, tokenizer, arguments.text, arguments.bad_lines, learnt, not arguments.no_end, arguments.columns
+    )
 
 
 def _state(tokenizer: Any) -> str:

@@ -201,6 +201,9 @@ def test_lines_of_tokens_are_read_as_the_collator_reads_them(tmp_path):
         "input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4], "position_ids": [0, 1, 0, 1], "w": [1, 1, 0.5, 0],
     }  # fmt: skip
     assert part.unused == {"id": 1, "words": 1}
+    with pytest.raises(LineError, match="line 1, field 'w' must hold one value for each of the 1 input_ids, got 2"):
+        read(tmp_path, None, {"input_ids": [1], "w": [1, 2]})
+    assert read(tmp_path, None, {"input_ids": [1], "w": [1, 2]}, columns=[]) == [([1], [1])]
     assert len(part.problems) == 1
     assert "line 2: has the columns input_ids, labels, position_ids where those before have" in part.problems[0]
 

@@ -379,9 +379,9 @@ def test_a_plan_of_other_data_or_options_or_none_at_all_is_refused(interrupted, 
     good = path.read_bytes()
     others = [
         (pack([3] * 100, 16), "made for other data"),
-        (pack(lengths, 8), "capacity was 8 and is 16"),
-        (pack(lengths, 16, seed=1), "seed was 1 and is 0"),
-        (pack(lengths, 16, max_per_bin=2), "max_per_bin was 2 and is None"),
+        (pack(lengths, 8), "capacity=8, asked for is 16"),
+        (pack(lengths, 16, seed=1), "seed=1, asked for is 0"),
+        (pack(lengths, 16, max_per_bin=2), "max_per_bin=2, asked for is None"),
     ]
     for plan, problem in others:
         plan.save(path)
@@ -389,6 +389,10 @@ def test_a_plan_of_other_data_or_options_or_none_at_all_is_refused(interrupted, 
         assert re.search(
             f"plan.pt is not of this run: .*{problem}.* Remove .*partial to begin again", capsys.readouterr().err
         )
+    for damaged in (b"", b"{}", good[: len(good) // 2]):
+        path.write_bytes(damaged)
+        assert run(*arguments) == 1
+        assert "plan.pt is not of this run: " in capsys.readouterr().err
     assert not out.exists()
     path.write_bytes(good)
     assert run(*arguments) == 0

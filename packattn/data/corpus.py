@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 
-from packattn.data.dataset import PackRows, shown
+from packattn.data.counts import shown
+from packattn.data.dataset import PackRows, plan_for
 from packattn.data.jsonl import LineError, Reader
-from packattn.data.packing import Method, Overlong, PackingPlan, longest, make_limits, pack
+from packattn.data.packing import Method, Overlong, longest, make_limits
+from packattn.data.plan import PackingPlan
 from packattn.data.tokens import tokenize
 from packattn.data.values import whole, write_whole
 
@@ -188,7 +190,6 @@ def _planned(
     """The plan, made once; one that is there must be of these tokens and options."""
     import pyarrow.compute
 
-    path = partial / "plan.pt"
     lengths = torch.tensor(pyarrow.compute.list_value_length(table["input_ids"]).to_numpy(), dtype=torch.int64)
     too_long = (lengths > most).nonzero().flatten()
     if options["overlong"] == "error" and too_long.numel():
@@ -200,17 +201,14 @@ def _planned(
         )
     if options["overlong"] == "truncate":
         options = {**options, "overlong": "error"}
-    if not path.exists():
-        pack(lengths, capacity, **options).save(path)
-    plan = PackingPlan.load(path)
     try:
-        plan.check(lengths)
-        changed = _changed({"capacity": plan.capacity, **plan.made_by}, {"capacity": capacity, **options})
-        if changed:
-            raise ValueError(f"it was made with other options: {changed}.")
+        return plan_for(partial / "plan.pt", lengths, capacity, options)
     except ValueError as error:
-        raise ValueError(f"{path} is not of this run: {error} Remove {partial} to begin again.") from error
-    return plan
+        if not (partial / "plan.pt").exists():
+            raise
+        raise ValueError(
+            f"{partial / 'plan.pt'} is not of this run: {error} Remove {partial} to begin again."
+        ) from error
 
 
 def _write_rows(partial: Path, table: "pa.Table", plan: PackingPlan, shard_rows: int, progress: bool) -> None:

@@ -1,6 +1,8 @@
 """One example: its columns of one value per token, read and checked the same way by everything that packs."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +105,48 @@ def mapping_with_tokens(example: object, name: str) -> Mapping[str, Any]:
             "column input_ids."
         )
     return example
+
+
+def holds_tokens(values: object) -> bool:
+    """Whether a column's value may hold one number per token: a flat list, tensor or array of numbers."""
+    ndim = getattr(values, "ndim", None)
+    if ndim is not None:
+        return bool(ndim == 1) and getattr(getattr(values, "dtype", None), "kind", "i") not in "OSUMm"
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
+        return False
+    return not values or (isinstance(values[0], Number) or getattr(values[0], "ndim", None) == 0)
+
+
+def left_out(holding: Mapping[str, bool], columns: Collection[str] | None, stacklevel: int) -> frozenset[str]:
+    """The columns of a data set that are not packed. A warning names them where they were not chosen.
+
+    Args:
+        holding: the columns, and whether each may hold one number per token.
+        columns: those to keep beside the ones that `read_example` knows; None: all that hold one number per token.
+        stacklevel: where the warning points to, as for `warnings.warn` called in here.
+
+    Raises:
+        TypeError, ValueError: `columns` are not names of columns of the data set.
+    """
+    known = {*READ, *_MADE_BY_PACKING}
+    if columns is None:
+        names = [name for name, held in holding.items() if not held and name not in known]
+        if names:
+            warnings.warn(
+                f"columns that do not hold one number per token are not packed: {', '.join(names)}. With columns=[...] "
+                "(those to keep) the others are left out without this warning.",
+                stacklevel=stacklevel,
+            )
+        return frozenset(names)
+    if isinstance(columns, str):
+        raise TypeError(f"columns must be a list of names, got the string {columns!r}; give [{columns!r}].")
+    kept = {*columns}
+    missing = sorted(kept - {*holding})
+    if missing:
+        raise ValueError(
+            f"columns names {', '.join(missing)}, which the data set has not; it has {', '.join(holding)}."
+        )
+    return frozenset(holding) - known - kept
 
 
 def begins(positions: Tensor) -> Tensor:

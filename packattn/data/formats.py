@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from packattn.data.examples import READ
+from packattn.data.examples import READ, holds_tokens
 
 Targets = Literal["assistant", "all"]
 FORMS = (
@@ -58,10 +58,15 @@ class Encoder:
         targets: "assistant": of conversations the turns of the assistant, which the chat template must mark by
             `{% generation %}`; of a prompt and its completion the completion. "all": every token.
         end: append the end-of-text token.
+        columns: of records with input_ids, the fields to keep beside those that `PackingCollator` knows by name. None:
+            all that are lists of numbers.
     """
 
-    def __init__(self, tokenizer: Any | None, text: str = "text", targets: Targets = "assistant", end: bool = True):
-        self.tokenizer, self.text, self.targets, self.end = tokenizer, text, targets, end
+    def __init__(
+        self, tokenizer: Any | None, text: str = "text", targets: Targets = "assistant", end: bool = True,
+        columns: Collection[str] | None = None,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.text, self.targets, self.end, self.columns = tokenizer, text, targets, end, columns
 
     def source(self, record: Mapping[str, Any]) -> Source:
         """What a record, one line's object, gives to the tokenizer; fields that are null are not there.
@@ -71,7 +76,11 @@ class Encoder:
         """
         given = {name: value for name, value in record.items() if value is not None}
         if "input_ids" in given:
-            return _tokens(given)
+            kept = self.columns
+            used = [
+                name for name in given if name in READ or (holds_tokens(given[name]) if kept is None else name in kept)
+            ]
+            return Source(used, {name: given[name] for name in used})
         if self.tokenizer is None:
             raise ValueError("has no input_ids; give a tokenizer with --tokenizer")
         for name in ("messages", "conversations"):
@@ -208,18 +217,6 @@ class Encoder:
             )
         except Exception as error:  # the template is a program of its own, which can raise anything
             raise ValueError(f"{name} do not fit the chat template ({error or type(error).__name__})") from error
-
-
-def _tokens(given: Mapping[str, Any]) -> Source:
-    """A line that has its tokens: the columns of one number per token. Fields of any other kind are not used."""
-    ids = given["input_ids"]
-    tokens = len(ids) if isinstance(ids, list) else None
-
-    def per_token(value: object) -> bool:
-        return isinstance(value, list) and len(value) == tokens and all(isinstance(v, (int, float)) for v in value)
-
-    used = [name for name, value in given.items() if name in READ or per_token(value)]
-    return Source(used, {name: given[name] for name in used})
 
 
 def _string(given: Mapping[str, Any], name: str) -> str:

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
@@ -51,7 +51,7 @@ class Reader:
         tokenizer: a Hugging Face tokenizer; None where the lines have input_ids.
         text: the name of the field of text.
         bad_lines: "error" stops at a line that cannot be used, "skip" passes over it and keeps its problem.
-        targets, end: as for `Encoder`.
+        targets, end, columns: as for `Encoder`.
 
     Raises:
         ValueError: an argument is none of its values.
@@ -59,14 +59,17 @@ class Reader:
 
     def __init__(
         self, path: Path, tokenizer: Any | None, text: str = "text", bad_lines: BadLines = "error",
-        targets: Targets = "assistant", end: bool = True,
+        targets: Targets = "assistant", end: bool = True, columns: Collection[str] | None = None,
     ) -> None:  # fmt: skip
         for name, value, values in (("bad_lines", bad_lines, BadLines), ("targets", targets, Targets)):
             if value not in get_args(values):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(values))}, got {value!r}.")
         self.path, self.tokenizer, self.bad_lines = path, tokenizer, bad_lines
-        self.encoder = Encoder(tokenizer, text, targets, end)
-        self.options = {"text": text, "bad_lines": bad_lines, "targets": targets, "end": end}
+        self.encoder = Encoder(tokenizer, text, targets, end, columns)
+        self.options = {
+            "text": text, "bad_lines": bad_lines, "targets": targets, "end": end,
+            "columns": None if columns is None else sorted(columns),
+        }  # fmt: skip
 
     def parts(self, lines: int) -> Iterator[Lines]:
         """The numbered lines of the file, so many at a time, unread."""

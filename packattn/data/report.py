@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from packattn.data.balance import Cost
-from packattn.data.packing import PackingPlan, pack
+from packattn.data.packing import pack
+from packattn.data.plan import PackingPlan
 from packattn.data.simulate import Setting, Step, balanced, offline, plain, tally
 from packattn.data.values import lengths_tensor, whole
 

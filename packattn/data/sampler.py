@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from packattn.data.balance import Cost, assign
-from packattn.data.packing import fingerprint
+from packattn.data.plan import fingerprint
 from packattn.data.values import lengths_tensor, whole
 
 _T = TypeVar("_T")

@@ -2,14 +2,14 @@
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from packattn.data.collator import PackingCollator, packed_row
-from packattn.data.examples import Example, mapping_with_tokens, read_example
+from packattn.data.examples import Example, holds_tokens, left_out, mapping_with_tokens, read_example
 from packattn.data.fit import BestFit
 from packattn.data.packing import Overlong, longest, make_limits
 from packattn.data.values import whole
@@ -32,6 +32,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         capacity: tokens that a row may hold.
         open_bins: rows that are open at a time: more fill better, fewer keep the order.
         max_per_bin, max_square, overlong: as for `pack`; `split` and `dropped` count what was done.
+        columns: as for `pack_dataset`; the first example shows which hold one number per token.
         collator: packs the examples of a row.
     """
 
@@ -44,6 +45,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         max_per_bin: int | None = None,
         max_square: int | None = None,
         overlong: Overlong = "error",
+        columns: Collection[str] | None = None,
         collator: PackingCollator = PackingCollator(),  # noqa: B008  (immutable)
     ) -> None:
         if not hasattr(examples, "__iter__"):
@@ -56,6 +58,8 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         if overlong not in get_args(Overlong):
             raise ValueError(f"overlong must be one of {', '.join(get_args(Overlong))}, got {overlong!r}.")
         whole("open_bins", open_bins, 1)
+        self.columns = columns
+        self._left_out: frozenset[str] | None = None  # once an example has been seen
         self.examples, self.collator, self.overlong = examples, collator, overlong
         self.limits, self.open_bins = make_limits(capacity, max_per_bin, max_square), open_bins
         self._resume: dict[str, Any] | None = None
@@ -107,13 +111,20 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
             source = itertools.islice(source, worker.id, None, worker.num_workers)
         return itertools.islice(source, self.taken, None)
 
+    def _columns_of(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The columns of an example that are packed."""
+        if self._left_out is None:
+            holding = {name: holds_tokens(values) for name, values in example.items()}
+            self._left_out = left_out(holding, self.columns, stacklevel=5)
+        return {name: values for name, values in example.items() if name not in self._left_out}
+
     def _read(self, number: int, start: int, stop: int, example: Mapping[str, Any]) -> Example:
         return read_example(example, f"example {number}", self.collator.start_position).cut(start, stop)
 
     def _take(self, example: Mapping[str, Any]) -> None:
         """Put one example into the open bins."""
-        tokens = len(mapping_with_tokens(example, f"example {self.taken}")["input_ids"])
-        most = longest(self.limits)
+        example = self._columns_of(mapping_with_tokens(example, f"example {self.taken}"))
+        tokens, most = len(example["input_ids"]), longest(self.limits)
         if tokens == 0:
             raise ValueError(f"example {self.taken} is empty; leave out examples without tokens.")
         if tokens > most and self.overlong == "error":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from packattn.data.dataset import shown
+from packattn.data.counts import shown
 from packattn.data.examples import Example, targets
 from packattn.data.jsonl import Lines, Part, Reader
 from packattn.data.values import write_whole
