@@ -26,10 +26,12 @@ from packattn.data.report import packing_report
 from packattn.data.values import whole, write_whole
 from packattn.errors import UnsupportedModelError
 
+_LARGEST = 2**31 - 1
 # What numbers of `report` and `pack` may be: at least, at most.
 _NUMBERS = {
-    "capacity": (1, LARGEST_CAPACITY), "seed": (0, 2**63 - 1), "ranks": (1, None), "minibatch": (1, None),
-    "accumulation": (1, None), "max_per_bin": (1, None), "shard_lines": (1, None), "shard_rows": (1, None),
+    "capacity": (1, LARGEST_CAPACITY), "seed": (0, 2**63 - 1), "ranks": (1, _LARGEST), "minibatch": (1, _LARGEST),
+    "accumulation": (1, _LARGEST), "max_per_bin": (1, _LARGEST), "shard_lines": (1, _LARGEST),
+    "shard_rows": (1, _LARGEST),
 }  # fmt: skip
 
 
@@ -234,7 +236,7 @@ def _reader(arguments: argparse.Namespace, learnt: Targets) -> Reader:
         if getattr(arguments, name, None) is not None:
             whole(f"--{name.replace('_', '-')}", getattr(arguments, name), least, most)
     if not arguments.file.is_file():
-        raise FileNotFoundError(f"{arguments.file}: {'no file' if arguments.file.exists() else 'no such file'}.")
+        raise FileNotFoundError(f"{arguments.file}: {'not a file' if arguments.file.exists() else 'no such file'}.")
     tokenizer = None
     if arguments.tokenizer is not None:
         if info.version_of("transformers") is None:

@@ -133,6 +133,25 @@ def test_turns_that_the_template_does_not_mark_need_a_choice(tmp_path):
         read(tmp_path, make(), {"messages": CHAT}, targets="all")
 
 
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "must be a list of messages, got an empty one"),
+        ("w1", "must be a list of messages, got str"),
+        ([3], "message 0 must be an object with role and content, got int"),
+        (
+            [*CHAT, {"role": "user", "text": "w1"}],
+            "message 5 must be an object with role and content, got fields role, text",
+        ),
+        ([*CHAT, {"role": "assistant", "content": "w1", "weight": 0}], "have a weight of 0 in message 5"),
+        ([{"role": "user", "content": {"a": 1}}], "messages do not fit the chat template"),
+    ],
+)
+def test_messages_that_would_be_lost_or_learnt_wrongly_are_refused(tmp_path, messages, problem):
+    with pytest.raises(LineError, match=problem):
+        read(tmp_path, make(template=MARKED), {"messages": messages})
+
+
 @pytest.mark.parametrize("template", [MARKED, UNMARKED])
 def test_a_prompt_and_a_completion_of_messages(tmp_path, template):
     tokenizer = make(template=template)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LongLines = Literal[Overlong, "truncate"]
 _FORMAT = 2
+_MADE_OF = b"packattn"
 
 
 class Packed(NamedTuple):
@@ -223,16 +224,17 @@ def _write_rows(partial: Path, table: "pa.Table", plan: PackingPlan, shard_rows:
     for at, start in enumerate(shown(starts, len(starts), "packing rows, files", progress)):
         target = partial / f"train-{at:05}-of-{len(starts):05}.parquet"
         bins = range(start, min(start + shard_rows, len(plan)))
-        if _rows_in(target) != len(bins):
-            made = rows({"bin": bins})
+        made_of = json.dumps({"plan": plan.fingerprint, "bins": [bins.start, bins.stop]}).encode()
+        if _made_of(target) != made_of:
+            made = rows({"bin": bins}).replace_schema_metadata({_MADE_OF: made_of})
             write_whole(target, lambda path, t=made: pyarrow.parquet.write_table(t, path))  # type: ignore[misc]
 
 
-def _rows_in(path: Path) -> int:
-    """The rows of a Parquet file, as its end says; 0 if it is not there, or not whole."""
+def _made_of(path: Path) -> bytes | None:
+    """What a Parquet file was made of, as its end says; None if it is not there, or not whole."""
     import pyarrow.parquet
 
     try:
-        return int(pyarrow.parquet.read_metadata(path).num_rows)
+        return (pyarrow.parquet.read_metadata(path).metadata or {}).get(_MADE_OF)
     except (OSError, ValueError):
-        return 0
+        return None

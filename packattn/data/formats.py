@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 from packattn.data.examples import READ, holds_tokens
@@ -262,6 +263,16 @@ def _message(name: str, index: int, message: Any) -> dict[str, Any]:
         got = f"fields {', '.join(message) or 'none'}" if isinstance(message, dict) else type(message).__name__
         raise ValueError(
             f"{name} do not fit the chat template: message {index} must be an object with role and content, got {got}"
+        )
+    if not isinstance(message.get("content"), (str, list, NoneType)):
+        raise ValueError(
+            f"{name} do not fit the chat template: the content of message {index} must be text or a list of parts, got "
+            f"{type(message['content']).__name__}"
+        )
+    if message.get("weight", 1) != 1:
+        raise ValueError(
+            f"{name} have a weight of {message['weight']!r} in message {index}, which cannot be kept; give prompt and "
+            "completion, of which the completion is learnt, or remove the weight"
         )
     return dict(message)
 
