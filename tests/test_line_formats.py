@@ -170,7 +170,11 @@ def test_a_template_that_writes_the_prompt_in_another_way(tmp_path):
         "{% if add_generation_prompt %}<assistant>", "{% if add_generation_prompt %}<assistant>w9"
     )
     record = {"prompt": CHAT[:2], "completion": CHAT[2:3]}
-    assert learnt(one(tmp_path, make(template=header), record)) == "<assistant> w4 <end>"
+    assert learnt(one(tmp_path, make(template=header), record)) == "w4 <end>"
+    closed = UNMARKED + "{% if not add_generation_prompt %}w9{% endif %}"
+    assert learnt(one(tmp_path, make(template=closed), record)) == "w4 <end> w9"
+    without = UNMARKED.replace("{% if add_generation_prompt %}<assistant>{% endif %}", "")
+    assert learnt(one(tmp_path, make(template=without), record)) == "<assistant> w4 <end>"
     counting = "{{ messages | length }} " + UNMARKED
     with pytest.raises(LineError, match="writes in another way where the completion follows"):
         read(tmp_path, make(template=counting), record)

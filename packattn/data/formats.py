@@ -170,14 +170,18 @@ class Encoder:
                 f"has turns of {', '.join(sorted(others))} in its completion, of which every token is a target; give "
                 "turns of the assistant alone, or all turns as messages, or choose --targets all"
             )
-        for header in (True, False):  # of the assistant's turn: part of the prompt where the template has one
-            prompt = self._rendered(given, "prompt", asked, add_generation_prompt=header)
-            if whole.startswith(prompt):
-                return Source(used, whole=whole, prompt=prompt, chat=True)
-        raise ValueError(
-            "has a prompt that the chat template writes in another way where the completion follows, so that the "
-            "targets are not known; give messages, or choose --targets all"
+        bare, headed = (
+            self._rendered(given, "prompt", asked, add_generation_prompt=header) for header in (False, True)
         )
+        if not whole.startswith((bare, headed)):
+            raise ValueError(
+                "has a prompt that the chat template writes in another way where the completion follows, so that the "
+                "targets are not known; give messages, or choose --targets all"
+            )
+        # The header of the assistant's turn is of the prompt, as far as the turn begins with it.
+        shared = whole[: _common(whole, headed)]
+        prompt = max(shared, bare, key=len) if whole.startswith(bare) else shared
+        return Source(used, whole=whole, prompt=prompt, chat=True)
 
     def _alpaca(self, given: Mapping[str, Any]) -> Source:
         """Instruction, input and output: a chat where there is a template for it, else in the words of Alpaca."""
@@ -277,7 +281,7 @@ def _message(name: str, index: int, message: Any) -> dict[str, Any]:
     return dict(message)
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def _common(first: Sequence[object], second: Sequence[object]) -> int:
     """How many values two sequences have in common from the begin on."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
