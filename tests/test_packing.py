@@ -183,6 +183,7 @@ def test_a_saved_plan_is_the_same_plan_and_belongs_to_its_data(tmp_path):
         ("offsets", lambda t: t.flip(0), "its offsets do not rise from 0 to the number of pieces"),
         ("offsets", lambda t: t[:-1], "its offsets do not rise from 0 to the number of pieces"),
         ("starts", lambda t: t * 2, "example 3 lacks tokens, or has some twice"),
+        ("starts", lambda t: t + 1, "no piece begins an example"),
         ("starts", lambda t: None, "example 3 is there 2 times"),
         ("starts", lambda t: t.float(), "its tensors are not int64 of one dimension"),
         ("dropped", lambda t: torch.tensor([0]), "example 0 is there 2 times"),

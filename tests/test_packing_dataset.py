@@ -74,13 +74,13 @@ def test_packing_is_global_not_by_chunks_of_rows():
 
 
 def test_long_examples_are_split_or_dropped():
-    examples = [{"input_ids": list(range(150)), "labels": list(range(150))}, {"input_ids": [200], "labels": [200]}]
+    examples = [{"input_ids": list(range(150))}, {"input_ids": [200, 201]}]
     with pytest.raises(ValueError, match="example 0 has 150 tokens"):
         pack_dataset(examples, CAPACITY, progress=False)
     split = pack_dataset(datasets.Dataset.from_list(examples), CAPACITY, overlong="split", progress=False)
-    assert sorted(examples_of(split)) == [list(range(64)), list(range(64, 128)), list(range(128, 150)), [200]]
+    assert sorted(examples_of(split)) == [list(range(64)), list(range(64, 128)), list(range(128, 150)), [200, 201]]
     dropped = pack_dataset(examples, CAPACITY, overlong="drop", progress=False)
-    assert examples_of([dropped[0]]) == [[200]]
+    assert examples_of([dropped[0]]) == [[200, 201]]
     assert dropped.plan.dropped.tolist() == [0]
 
 
@@ -225,6 +225,10 @@ def test_tokens_and_targets_of_a_data_set_are_counted():
         assert [part.tolist() for part in count_examples(data)] == [[6, 1, 4], [3, 0, 3]]
         assert count_examples(data, mask_first=3).targets.tolist() == [2, 0, 1]
     assert count_examples(table.remove_columns("completion_mask")).targets.tolist() == [5, 0, 3]
+    labelled = datasets.Dataset.from_list([{"input_ids": [1] * 4, "label": 0}, {"input_ids": [1], "label": 1}])
+    assert [part.tolist() for part in count_examples(labelled)] == [[4, 1], [1, 1]]
+    with pytest.raises(ValueError, match="makes its examples by a transform"):
+        count_examples(labelled.with_transform(lambda batch: batch))
     rows = datasets.Dataset.from_list([{"input_ids": [1] * 4, "position_ids": [0, 1, 0, 1]}])
     assert count_examples(rows).targets.tolist() == [2]
 
@@ -281,6 +285,11 @@ def test_columns_that_are_not_of_tokens_are_named():
             pack_dataset(datasets.Dataset.from_dict({"input_ids": column}), CAPACITY, progress=False)
     with pytest.raises(ValueError, match="example 1 is empty"):
         pack_dataset(datasets.Dataset.from_dict({"input_ids": [[1], None]}), CAPACITY, progress=False)
+    for several in ({"input_ids": [[1]]}, datasets.DatasetDict({"input_ids": datasets.Dataset.from_list([])})):
+        with pytest.raises(
+            TypeError, match=f"must hold examples, got a {type(several).__name__} of input_ids; give one"
+        ):
+            pack_dataset(several, CAPACITY)
     with pytest.raises(TypeError, match="example 0 must be a mapping with input_ids, got str"):
         pack_dataset(["a"], CAPACITY, progress=False)
 
@@ -331,7 +340,7 @@ def test_a_stream_goes_on_bit_by_bit_wherever_it_was_stopped(kind, tmp_path):
         assert second.state_dict() == first.state_dict()
         assert taken + as_lists(second) == expected
         assert as_lists(second) == expected
-    with pytest.raises(ValueError, match="open_bins=5, this stream has 6"):
+    with pytest.raises(ValueError, match="open_bins=5, this stream has open_bins=6"):
         PackedStream(Source([]), CAPACITY, open_bins=6, max_per_bin=6).load_state_dict(first.state_dict())
 
 
@@ -369,11 +378,11 @@ def test_a_stream_counts_what_it_splits_and_drops():
     ("examples", "options", "error", "message"),
     [
         ([{"input_ids": [1] * 70}], {}, ValueError, "example 0 has 70 tokens where a bin takes at most 64"),
-        ([{"input_ids": [1]}, {"input_ids": []}], {}, ValueError, "example 1 is empty"),
+        ([{"input_ids": [1]}, {"input_ids": []}], {}, ValueError, "example 1, field 'input_ids' is empty"),
         ([[1, 2]], {}, TypeError, "example 0 must be a mapping with input_ids, got list"),
         ([], {"open_bins": 0}, ValueError, "open_bins must be an int of at least 1"),
         ([], {"overlong": "cut"}, ValueError, "overlong must be one of error, split, drop"),
-        (iter([]), {}, TypeError, "iterable anew in every epoch, got an iterator"),
+        (iter([]), {}, TypeError, "iterable again in every epoch, got an iterator"),
         (3, {}, TypeError, "examples must be iterable, got int"),
     ],
 )

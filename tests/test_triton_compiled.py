@@ -33,6 +33,11 @@ def emulator():
         yield
 
 
+def assert_compiled_is_accurate(case, dtype):
+    """The accuracy law without the terms of (14): mma instructions round a score alike in all three passes here."""
+    check_accuracy(case, "triton", dtype, "cpu", scores_round_alike=True)
+
+
 # Every variant of the kernels at least three times, in company and alone.
 CASES = [
     Case("straddling tiles, group of 3", [20, 1, 45, 30], heads_q=3, heads_k=1, head_dim=64),
@@ -78,20 +83,20 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 def test_compiled_bfloat16_is_accurate(case, emulator):
-    check_accuracy(case, "triton", torch.bfloat16, "cpu")
+    assert_compiled_is_accurate(case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[17]], ids=lambda case: case.name.replace(" ", "-"))
 @pytest.mark.parametrize("arch", [86, 89])
 def test_compiled_kernels_of_other_targets_are_accurate(case, arch):
     with emulating(arch):
-        check_accuracy(case, "triton", torch.bfloat16, "cpu")
+        assert_compiled_is_accurate(case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[28]], ids=lambda case: case.name.replace(" ", "-"))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_compiled_float16_and_float32_are_accurate(dtype, case, emulator):
-    check_accuracy(case, "triton", dtype, "cpu")
+    assert_compiled_is_accurate(case, dtype)
 
 
 @pytest.mark.parametrize("lengths", [[20, 1, 45, 30], [1] * 40], ids=["sequences", "one-token-sequences"])
@@ -100,7 +105,7 @@ def test_compiled_float16_and_float32_are_accurate(dtype, case, emulator):
 )
 def test_large_scores_are_accurate(dtype, magnitude, lengths, emulator):
     case = Case("", lengths, heads_q=3, heads_k=1, head_dim=64, magnitude=magnitude, magnitude_v=1.0)
-    check_accuracy(case, "triton", dtype, "cpu")
+    assert_compiled_is_accurate(case, dtype)
 
 
 @pytest.mark.parametrize(
@@ -359,6 +364,6 @@ def test_a_small_problem_is_split_over_the_heads_of_a_group(emulator, monkeypatc
     for enough in (1, 4, 256):
         monkeypatch.setattr(launch, "_ENOUGH_PROGRAMS", enough)
         splits.append(launch.plan(6, 1, 32, 32, torch.bfloat16, torch.device("cpu")).split(70))
-        check_accuracy(case, "triton", torch.bfloat16, "cpu")
+        assert_compiled_is_accurate(case, torch.bfloat16)
     assert splits[0] == 1
     assert splits[0] < splits[1] <= splits[2] == 6
