@@ -16,6 +16,7 @@ ENDS = {
     "an end token alone": ("$A", {"eos_token": "<end>"}),
     "a begin token": ("<begin> $A", {"bos_token": "<begin>", "eos_token": "<end>"}),
     "an end token of its own": ("$A <end>", {"eos_token": "<end>"}),
+    "a separator and another end token": ("$A [SEP]", {"sep_token": "[SEP]", "eos_token": "<end>"}),
     "a class and a separator": ("[CLS] $A [SEP]", {"cls_token": "[CLS]", "sep_token": "[SEP]"}),
 }
 MARKED = (
@@ -138,6 +139,7 @@ def test_turns_that_the_template_does_not_mark_need_a_choice(tmp_path):
     [
         ([], "must be a list of messages, got an empty one"),
         ("w1", "must be a list of messages, got str"),
+        ([{"from": ["human"], "value": "w1"}], r"message 0 is from \['human'\]"),
         ([3], "message 0 must be an object with role and content, got int"),
         (
             [*CHAT, {"role": "user", "text": "w1"}],

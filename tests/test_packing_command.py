@@ -133,7 +133,7 @@ def test_what_is_learnt_is_in_the_rows(tmp_path, tokenizer, capsys):
     assert figures["examples_without_target"] == 1
 
 
-@pytest.mark.parametrize("values", [[0.5, 1, 0], [1, 0, 1]])
+@pytest.mark.parametrize("values", [[0.5, 1, 0], [1, 0, 1], [True, False, True]])
 def test_a_column_of_numbers_goes_along_whatever_its_kind_in_each_part(tmp_path, values):
     records = [{"input_ids": [1, 2, 3], "weights": [1, 2, 3]}, {"input_ids": [4, 5, 6], "weights": values}]
     source, out = write(tmp_path / "in.jsonl", records), tmp_path / "out"
@@ -143,6 +143,19 @@ def test_a_column_of_numbers_goes_along_whatever_its_kind_in_each_part(tmp_path,
         (4, 5, 6): values,
     }
     assert len({str(pyarrow.parquet.read_schema(path)) for path in out.glob("*.parquet")}) == 1
+
+
+def test_columns_that_differ_are_named_whatever_part_they_are_in(tmp_path, capsys):
+    records = [{"input_ids": [1], "w": [1]}, {"input_ids": [2]}, {"input_ids": [3], "w": [3]}]
+    source, out = write(tmp_path / "in.jsonl", records), tmp_path / "out"
+    arguments = ("pack", source, "--out", out, "--shard-lines", 1, "--quiet")
+    assert run(*arguments) == 1
+    assert "line 2: has the columns input_ids, labels, position_ids where those before have" in capsys.readouterr().err
+    assert run(*arguments, "--columns") == 1  # other arguments than those of the parts that are there
+    assert "columns was None and is []" in capsys.readouterr().err
+    assert run("pack", source, "--out", tmp_path / "other", "--columns", "--quiet") == 0
+    assert "3 examples, 3 tokens in 1 row" in (said := capsys.readouterr().out)
+    assert "Fields not used: w (2 lines)." in said
 
 
 BAD_LINES = [

@@ -202,6 +202,8 @@ class Encoder:
     def _template(self, given: Mapping[str, Any]) -> str:
         try:
             return str(self.tokenizer.get_chat_template(None, _tools(given)))  # type: ignore[union-attr]
+        except NotImplementedError:  # a tokenizer that writes conversations without a template
+            return ""
         except ValueError as error:
             raise ValueError(
                 "has a conversation, and the tokenizer has no chat template; set one, or choose another tokenizer"
@@ -256,7 +258,7 @@ def _message(name: str, index: int, message: Any) -> dict[str, Any]:
     if isinstance(message, dict) and "role" not in message and {"from", "value"} <= message.keys():
         rest = {key: value for key, value in message.items() if key not in ("from", "value")}
         speaker = message["from"]
-        if speaker not in _SHAREGPT:
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT:
             raise ValueError(
                 f"{name} do not fit the chat template: message {index} is from {speaker!r}, which is no role that is "
                 f"known ({', '.join(_SHAREGPT)}); give it as role and content"

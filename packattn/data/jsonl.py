@@ -146,7 +146,7 @@ class Reader:
 
     def _example(self, number: int, columns: Any) -> Example:
         """The example of one line, checked as PackingCollator checks it, and that its numbers can be kept."""
-        if len(columns["input_ids"] if isinstance(columns["input_ids"], list) else "?") == 0:
+        if columns["input_ids"] == []:
             raise self._error(number, "has no tokens")
         try:
             example = read_example(columns, self._named(number))

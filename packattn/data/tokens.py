@@ -110,17 +110,15 @@ def _table(part: Part, lines: Lines, longest: int | None) -> "pa.Table":
 
 
 def _column(name: str, examples: Sequence[Example]) -> Any:
-    """One column of some examples: lists of int32, float or bool."""
+    """One column of some examples: lists of int32 or float."""
     import pyarrow as pa
 
     if not examples:
         return pa.array([], pa.list_(pa.int32()))
     values = torch.cat([example.columns[name] for example in examples])
     ends = torch.tensor([0, *(example.tokens for example in examples)]).cumsum(0)
-    integers = not values.is_floating_point() and values.dtype != torch.bool
-    return pa.ListArray.from_arrays(
-        pa.array(ends.numpy(), pa.int32()), pa.array(values.numpy(), pa.int32() if integers else None)
-    )
+    values = values if values.is_floating_point() else values.int()
+    return pa.ListArray.from_arrays(pa.array(ends.numpy(), pa.int32()), pa.array(values.numpy()))
 
 
 def _write(path: Path, table: "pa.Table") -> None:
