@@ -25,6 +25,7 @@ from packattn.data.packing import Method
 from packattn.data.report import packing_report
 from packattn.data.values import whole, write_whole
 from packattn.errors import UnsupportedModelError
+from packattn.requirements import missing
 
 _LARGEST = 2**31 - 1
 # What numbers of `report` and `pack` may be: at least, at most.
@@ -61,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     command("info", run_info, "what is installed, what is missing and what that costs")
     command("selftest", run_selftest, "every kernel against the oracle on this machine, in about a minute")
     probe = command("verify", run_verify, "whether the packed sequences of a model see each other")
-    probe.add_argument("model", metavar="PATH_OR_MODEL_TYPE", help="a saved model, or a type: a tiny one")
+    probe.add_argument("model", metavar="MODEL", help="a folder, a name on the Hub, or a model type: a tiny one")
     probe.add_argument("--plain", action="store_true", help="transformers as it is, without packattn.patch")
     probe.add_argument("--attention", metavar="NAME", help="attn_implementation to probe with --plain: sdpa, eager ...")
     probe.add_argument("--lengths", type=int, nargs="+", metavar="N", help="of the sequences")
@@ -161,7 +162,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 def run_report(arguments: argparse.Namespace) -> int:
     """Print what each way of packing saves; then write the files that were asked for."""
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install packattn[plot]")
+        raise missing("--plot", "matplotlib", "plot")
     for name in ("json", "plot"):
         path = getattr(arguments, name)
         if path is not None and not path.parent.is_dir():
@@ -240,7 +241,7 @@ def _reader(arguments: argparse.Namespace, learnt: Targets) -> Reader:
     tokenizer = None
     if arguments.tokenizer is not None:
         if info.version_of("transformers") is None:
-            raise ImportError("--tokenizer needs transformers: pip install packattn[hf]")
+            raise missing("--tokenizer", "transformers", "hf")
         from packattn.hf.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(arguments.tokenizer)

@@ -18,6 +18,7 @@ from packattn.data.packing import Method, Overlong, longest, make_limits
 from packattn.data.plan import PackingPlan
 from packattn.data.tokens import tokenize
 from packattn.data.values import whole, write_whole
+from packattn.requirements import missing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -102,7 +103,7 @@ def pack_corpus(
             input, or is damaged; a line is bad; an example too long.
     """
     if importlib.util.find_spec("datasets") is None:
-        raise ImportError("packing a file needs datasets and pyarrow: pip install packattn[data]")
+        raise missing("packing a file", "datasets", "data")
     whole("shard_lines", shard_lines, 1)
     whole("shard_rows", shard_rows, 1)
     most = longest(make_limits(capacity, max_per_bin, max_square))
