@@ -203,9 +203,11 @@ def _check_mask(mask: object) -> None:
             f"mask must be a packattn.PackedMask, got {described(mask)}; make one with "
             "PackedMask.causal(packattn.boundaries(position_ids))."
         )
-    # By their names and places: older compilers do not trace what else a NamedTuple has.
-    for at, name in enumerate(("k_start", "k_end", "q_start", "q_end")):
-        ends, start = mask[at], mask[at - at % 2]
+    # By their places: older compilers do not trace what else a NamedTuple has.
+    for name, ends, start in (
+        ("k_start", mask[0], mask[0]), ("k_end", mask[1], mask[0]), ("q_start", mask[2], mask[2]),
+        ("q_end", mask[3], mask[2]),
+    ):  # fmt: skip
         if not isinstance(ends, Tensor) or ends.dtype != torch.int32 or ends.ndim != 1 or ends.shape != start.shape:
             raise ValueError(
                 f"mask.{name} must be an int32 tensor of one dimension, as those that PackedMask.from_spans makes, got "
