@@ -15,7 +15,7 @@ import torch
 
 from packattn import info, ops, selftest
 from packattn.attention import Backend
-from packattn.data.corpus import LongLines, Packed, counted, pack_corpus
+from packattn.data.corpus import LONG_LINES, Packed, counted, pack_corpus
 from packattn.data.counts import shown
 from packattn.data.examples import targets
 from packattn.data.fit import LARGEST_CAPACITY
@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("--method", choices=get_args(Method), default="mixed", help="the packer (%(default)s)")
     long_ = pack.add_mutually_exclusive_group()
     long_.add_argument(
-        "--overlong", choices=[choice for part in get_args(LongLines) for choice in get_args(part) or (part,)],
+        "--overlong", choices=LONG_LINES,
         default="error", help="an example longer than a row (%(default)s)",
     )  # fmt: skip
     long_.add_argument(

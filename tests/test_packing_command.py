@@ -229,7 +229,14 @@ def test_a_number_that_cannot_be_is_refused_by_its_option_before_any_work(tmp_pa
 
 def test_what_the_functions_under_the_command_refuse(tmp_path):
     reader = corpus.Reader(write(tmp_path / "in.jsonl", [{"input_ids": [1]}]), None)
-    for options in ({"shard_rows": -1}, {"shard_lines": 0}, {"overlong": "cut"}, {"max_per_bin": 0}):
+    for options in (
+        {"shard_rows": -1},
+        {"shard_lines": 0},
+        {"overlong": "cut"},
+        {"method": "best"},
+        {"seed": -1},
+        {"max_per_bin": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             corpus.pack_corpus(reader, tmp_path / "out", 8, identity={}, **options)
     for options in ({"bad_lines": "drop"}, {"targets": "user"}):
@@ -476,10 +483,10 @@ def test_what_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
     source = write(tmp_path / "in.jsonl", [{"input_ids": [1]}])
     monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
     assert run("pack", source, "--out", tmp_path / "out") == 1
-    assert "pip install packattn[data]" in capsys.readouterr().err
+    assert "of the extra packattn[data]" in capsys.readouterr().err
     monkeypatch.setattr(cli.info, "version_of", lambda name: None)
     assert run("report", source, "--tokenizer", "any") == 1
-    assert "pip install packattn[hf]" in capsys.readouterr().err
+    assert "of the extra packattn[hf]" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, monkeypatch):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LongLines = Literal[Overlong, "truncate"]
+LONG_LINES = (*get_args(Overlong), "truncate")
 _FORMAT = 2
 _MADE_OF = b"packattn"
 
@@ -107,8 +108,10 @@ def pack_corpus(
     whole("shard_lines", shard_lines, 1)
     whole("shard_rows", shard_rows, 1)
     most = longest(make_limits(capacity, max_per_bin, max_square))
-    if overlong not in get_args(Overlong) + ("truncate",):
-        raise ValueError(f"overlong must be one of {', '.join(get_args(Overlong))}, truncate, got {overlong!r}.")
+    whole("seed", seed, 0)
+    for name, value, values in (("method", method, get_args(Method)), ("overlong", overlong, LONG_LINES)):
+        if value not in values:
+            raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}.")
     out, partial = Path(out), Path(f"{out}.partial")
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it, or choose another folder.")
