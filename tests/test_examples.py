@@ -1,5 +1,7 @@
 """One reader of an example: what is a target, what is refused by name, the same wherever an example is packed."""
 
+import contextlib
+
 import datasets
 import numpy as np
 import pytest
@@ -85,7 +87,10 @@ def test_a_packed_row_that_is_split_keeps_its_boundaries_and_every_piece_begins_
         "dataset": datasets.Dataset.from_list,
         "stream": lambda one: dict(enumerate(one)).values(),
     }
-    packed = pack_dataset(make[kind]([example]), 4, overlong="split")
+    with (
+        contextlib.nullcontext() if kind == "stream" else pytest.warns(UserWarning, match="1 of 3 rows have no target")
+    ):
+        packed = pack_dataset(make[kind]([example]), 4, overlong="split")
     rows = sorted([torch.as_tensor(row[n]).tolist() for n in ("input_ids", "position_ids", "labels")] for row in packed)
     assert rows == [
         [[0, 1, 2, 3], [0, 1, 2, 0], [-100, 1, 2, -100]],
@@ -148,6 +153,21 @@ def test_an_example_is_named_by_its_number_in_the_data_set():
     packed = pack_dataset(examples, 4, lengths=[4] * 10, progress=False)
     with pytest.raises(ValueError, match="example 9, field 'labels'"):
         packed.__getitems__(range(10))
+
+
+def test_numbers_that_rows_are_not_written_in_are_refused_and_other_columns_keep_theirs():
+    large = [2**31, 2**40, 0, -(2**33)]
+    with pytest.raises(ValueError, match="field 'labels' holds 1099511627776, rows are written as int32"):
+        as_rows({"input_ids": IDS, "labels": large}, "dataset")
+    for kind in KINDS:
+        assert as_rows({"input_ids": IDS, "hash": large}, kind)["hash"] == large
+
+
+def test_examples_with_other_fields_are_refused_before_the_first_row():
+    with pytest.raises(
+        ValueError, match="example 1 has fields input_ids where example 0 has input_ids, completion_mask"
+    ):
+        pack_dataset([{"input_ids": IDS, "completion_mask": [0, 1, 1, 1]}, {"input_ids": IDS}], 4, progress=False)
 
 
 def test_the_first_labels_of_each_sequence_are_ignored_for_heads_that_look_ahead():

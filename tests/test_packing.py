@@ -12,7 +12,7 @@ import torch
 import packattn
 from packattn import PackedMask
 from packattn.data import PackingPlan, fit, pack_histogram
-from packattn.data.fit import BestFit, Bin, Limits
+from packattn.data.fit import Bin, Limits
 from packattn.data.packing import lengths_tensor
 
 METHODS = ["mixed", "first-fit", "best-fit", "next-fit", "best-fit-decreasing"]
@@ -183,6 +183,7 @@ def test_a_saved_plan_is_the_same_plan_and_belongs_to_its_data(tmp_path):
         ("offsets", lambda t: t.flip(0), "its offsets do not rise from 0 to the number of pieces"),
         ("offsets", lambda t: t[:-1], "its offsets do not rise from 0 to the number of pieces"),
         ("starts", lambda t: t * 2, "example 3 lacks tokens, or has some twice"),
+        ("starts", lambda t: t + 1, "no piece begins an example"),
         ("starts", lambda t: None, "example 3 is there 2 times"),
         ("starts", lambda t: t.float(), "its tensors are not int64 of one dimension"),
         ("dropped", lambda t: torch.tensor([0]), "example 0 is there 2 times"),
@@ -232,16 +233,6 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         packattn.pack([4, 5], 64).save(tmp_path / "plan.pt")
     assert contents(PackingPlan.load(tmp_path / "plan.pt")) == contents(old)
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_best_fit_goes_on_where_its_state_was_taken():
-    limits, lengths = Limits(64, 5, 1500), draw(7, Limits(64, 5, 1500))
-    whole, half = BestFit(limits, 6), BestFit(limits, 6)
-    expected = [whole.place(length) for length in lengths]
-    assert [half.place(length) for length in lengths[:150]] == expected[:150]
-    resumed = BestFit(limits, 6)
-    resumed.load_state_dict(half.state_dict())
-    assert [resumed.place(length) for length in lengths[150:]] == expected[150:]
 
 
 BAD = [

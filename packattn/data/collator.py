@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packattn.data.examples import IGNORED, LABELS, Example, begins, read_example, without_first
+from packattn.data.examples import IGNORED, LABELS, Example, begins, check_same, read_example, without_first
 from packattn.data.values import whole
 
 
@@ -122,7 +122,7 @@ class PackingCollator:
         if not examples:
             raise ValueError("examples must hold at least one example, got none.")
         for example in examples[1:]:
-            _check_same(example, examples[0])
+            check_same(example, examples[0])
         if self.keep_first_labels and not {*LABELS} & {*examples[0].fields}:
             raise ValueError(
                 "keep_first_labels=True needs examples with labels; without, input_ids are the labels, as "
@@ -195,18 +195,3 @@ def _flat(examples: Sequence[Any]) -> Iterator[Any]:
             yield from example
         else:
             yield example
-
-
-def _check_same(example: Example, first: Example) -> None:
-    """Refuse examples of one row that have other fields than its first one, or labels of another kind."""
-    if {*example.fields} != {*first.fields}:
-        raise ValueError(
-            f"{example.name} has fields {', '.join(example.fields)} where {first.name} has {', '.join(first.fields)}; "
-            "give every example the same fields."
-        )
-    if (example.label is None) != (first.label is None):
-        labelled = first if example.label is None else example
-        raise ValueError(
-            f"{labelled.name}, field 'labels' must hold one value per token, got the single value "
-            f"{labelled.label}; give every example one label, or every token."
-        )

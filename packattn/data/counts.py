@@ -7,14 +7,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from packattn.data.examples import IGNORED, LABELS, MASKS, READ, mapping_with_tokens, read_example, targets
+from packattn.data.examples import (
+    IGNORED,
+    LABELS,
+    MASKS,
+    READ,
+    Example,
+    check_same,
+    mapping_with_tokens,
+    read_example,
+    targets,
+)
 from packattn.data.values import lengths_tensor
 
 _BATCH = 10_000
 
 
 class Counts(NamedTuple):
-    """Of every example of a data set, int64 (examples,): its tokens, and its targets, the tokens to be predicted."""
+    """Of every example of a data set, int64 (examples,): its tokens, and its targets, what is to be predicted."""
 
     tokens: Tensor
     targets: Tensor
@@ -34,6 +44,7 @@ def count_examples(dataset: Any, *, start_position: int = 0, mask_first: int = 1
         TypeError, ValueError: an example cannot be read; the message names it.
     """
     if is_datasets(dataset):
+        dataset = without_format(dataset)
         names = [name for name in dataset.column_names if name in READ]
         if not {*LABELS, *MASKS, "position_ids", "seq_lengths"} & {*names}:
             tokens = lengths_tensor(count_tokens(dataset, progress))
@@ -42,8 +53,11 @@ def count_examples(dataset: Any, *, start_position: int = 0, mask_first: int = 1
     else:
         examples = (dataset[index] for index in range(len(dataset)))
     found = torch.empty(2, len(dataset), dtype=torch.int64)
+    first: Example | None = None
     for index, given in enumerate(shown(examples, len(dataset), "counting targets", progress)):
         example = read_example(given, f"example {index}", start_position)
+        first = first or example
+        check_same(example, first)
         found[0, index], found[1, index] = example.tokens, targets(example, mask_first)
     return Counts(*found)
 
@@ -108,6 +122,22 @@ def shown(values: Iterable[Any], total: int | None, what: str, progress: bool) -
         return values
     bar: Iterable[Any] = tqdm(values, total=total, desc=what, unit_scale=True)
     return bar
+
+
+def without_format(dataset: Any) -> Any:
+    """A `datasets.Dataset` of the columns that it is formatted to give, as plain lists.
+
+    Raises:
+        ValueError: it makes its examples by a transform.
+    """
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "dataset makes its examples by a transform (set_transform) whenever they are read; apply it once by "
+            "dataset.map, and give the result."
+        )
+    if not dataset.format["output_all_columns"]:
+        dataset = dataset.select_columns(dataset.format["columns"])
+    return dataset.with_format(None)
 
 
 def is_datasets(dataset: Any) -> bool:

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from packattn.data.collator import PackingCollator, packed_row
-from packattn.data.counts import count_examples, count_tokens, is_datasets, of_numbers, rows_without_target
+from packattn.data.counts import (
+    count_examples,
+    count_tokens,
+    is_datasets,
+    of_numbers,
+    rows_without_target,
+    without_format,
+)
 from packattn.data.examples import Example, holds_tokens, left_out, mapping_with_tokens, read_example, targets
 from packattn.data.packing import Method, Overlong, pack
 from packattn.data.plan import PackingPlan, Piece
@@ -76,6 +83,11 @@ def pack_dataset(
         UserWarning: columns are left out; some rows have no target (those of a sequence with `lengths` given, and of a
             stream, are not counted beforehand).
     """
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"dataset must hold examples, got a {type(dataset).__name__} of {', '.join(map(str, dataset))}; give one "
+            "of several data sets, and columns as datasets.Dataset.from_dict(columns)."
+        )
     said: dict[str, Any] = {
         "method": method, "max_per_bin": max_per_bin, "max_square": max_square, "overlong": overlong,
         "open_bins": open_bins,
@@ -143,7 +155,12 @@ class PackRows:
         return {**self.__dict__, "_opened": None}
 
     def __call__(self, batch: Mapping[str, Any]) -> "pyarrow.Table":
-        """The packed rows of the bins in the one column of `batch`: columns of lists, integers as int32."""
+        """The packed rows of the bins in the one column of `batch`, as columns of lists.
+
+        Raises:
+            TypeError, ValueError: as `PackingCollator`; or input_ids, labels or position_ids are no int32, in which
+                they are written.
+        """
         import pyarrow
 
         (bins,) = batch.values()
@@ -155,7 +172,9 @@ class PackRows:
         with _one_thread():
             rows = pack_rows(dataset, plan, [int(bin_) for bin_ in bins], self.collator)
         # As a table, since Ray would make of arrays a type of its own, which nothing else reads.
-        return pyarrow.table({name: pyarrow.array([_narrow(row[name]).numpy() for row in rows]) for name in rows[0]})
+        return pyarrow.table(
+            {name: pyarrow.array([_narrow(name, row[name]).numpy() for row in rows]) for name in rows[0]}
+        )
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
@@ -255,14 +274,7 @@ def _chosen(dataset: Any, columns: Collection[str] | None) -> Any:
     if not len(dataset) or (is_datasets(dataset) and "input_ids" not in dataset.column_names):
         return dataset  # refused when its tokens are counted
     if is_datasets(dataset):
-        if dataset.format["type"] == "custom":
-            raise ValueError(
-                "dataset makes its examples by a transform (set_transform) whenever they are read; apply it once by "
-                "dataset.map, and pack the result."
-            )
-        if not dataset.format["output_all_columns"]:
-            dataset = dataset.select_columns(dataset.format["columns"])
-        dataset = dataset.with_format(None)
+        dataset = without_format(dataset)
         holding = {field.name: of_numbers(field.type) for field in dataset.features.arrow_schema}
         return dataset.remove_columns([*left_out(holding, columns, stacklevel=4)])
     first = mapping_with_tokens(dataset[0], "example 0")
@@ -328,8 +340,14 @@ def _written(dataset: Any, plan: PackingPlan, collator: PackingCollator, num_pro
             datasets.enable_progress_bars()
 
 
-def _narrow(values: Tensor) -> Tensor:
-    return values.int() if values.dtype == torch.int64 else values
+def _narrow(name: str, values: Tensor) -> Tensor:
+    """Half the bytes for the columns that packing itself makes."""
+    if name not in ("input_ids", "labels", "position_ids"):
+        return values
+    found = values.int()
+    if not torch.equal(found.long(), values):
+        raise ValueError(f"field {name!r} holds {int(values.abs().max())}, rows are written as int32; correct it.")
+    return found
 
 
 @contextlib.contextmanager

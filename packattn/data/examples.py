@@ -87,6 +87,21 @@ def read_example(example: object, name: str, start_position: int = 0) -> Example
     return Example(name, fields, first | columns, label)
 
 
+def check_same(example: Example, first: Example) -> None:
+    """Refuse an example that has other fields than the first one, or a label of another kind."""
+    if {*example.fields} != {*first.fields}:
+        raise ValueError(
+            f"{example.name} has fields {', '.join(example.fields)} where {first.name} has {', '.join(first.fields)}; "
+            "give every example the same fields."
+        )
+    if (example.label is None) != (first.label is None):
+        labelled = first if example.label is None else example
+        raise ValueError(
+            f"{labelled.name}, field 'labels' must hold one value per token, got the single value "
+            f"{labelled.label}; give every example one label, or every token."
+        )
+
+
 def mapping_with_tokens(example: object, name: str) -> Mapping[str, Any]:
     """The example, if it is a mapping with input_ids.
 
@@ -155,7 +170,12 @@ def begins(positions: Tensor) -> Tensor:
 
 
 def targets(example: Example, mask_first: int) -> int:
-    """The labels of an example that are to be predicted, without the first `mask_first` ones of each sequence."""
+    """The number of labels to be predicted: without the first `mask_first` ones of each sequence.
+
+    The label of a whole example counts as 1.
+    """
+    if example.label is not None:
+        return 1
     labels = without_first(example.columns["labels"], begins(example.columns["position_ids"]), mask_first)
     return int((labels != IGNORED).sum())
 
@@ -179,8 +199,8 @@ def _numbers(name: str, field: str, given: object) -> Tensor:
         shown = repr(given)
         raise TypeError(
             f"{name}, field {field!r} must hold one number per token, got {type(given).__name__} "
-            f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({error}); correct or remove the field (Trainer "
-            "removes columns that the model's forward does not take)."
+            f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({error}); correct or remove the field "
+            "(pack_dataset takes columns=[...], those to keep)."
         ) from error
 
 
@@ -201,8 +221,8 @@ def _take_label(name: str, columns: dict[str, Tensor]) -> Tensor | None:
 def _check_shape(where: str, field: str, values: Tensor, ids: Tensor) -> None:
     if values.ndim == 0:
         raise ValueError(
-            f"{where} must hold one value per token, got the single value {values.item()}; remove it. Only the label "
-            "of a whole example can be one value."
+            f"{where} must hold one value per token, got the single value {values.item()}; correct or remove it. "
+            "Only the label of a whole example can be one value."
         )
     if values.ndim != 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The picture of a packing report (needs matplotlib: `pip install packattn[plot]`)."""
+"""The picture of a packing report; needs matplotlib."""
 
 import math
 import os
@@ -8,6 +8,7 @@ import torch
 
 from packattn.data.report import OFFLINE
 from packattn.data.values import counted
+from packattn.requirements import missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ def draw_report(report: "PackingReport", path: str | os.PathLike[str] | None) ->
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("PackingReport.plot needs matplotlib: pip install packattn[plot]") from error
+        raise missing("PackingReport.plot", "matplotlib", "plot") from error
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     lengths, bins, times = figure.subplots(1, 3, width_ratios=(3, 4, 3))

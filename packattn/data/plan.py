@@ -84,17 +84,13 @@ class PackingPlan:
     @property
     def num_examples(self) -> int:
         """Examples of the data set, those that were dropped included."""
-        return int((self._first_tokens == 0).sum()) + self.dropped.numel()
+        packed = self.examples.numel() if self.starts is None else int((self.starts == 0).sum())
+        return packed + self.dropped.numel()
 
     @cached_property
     def counted(self) -> Tensor:
         """The tokens that each example had when the plan was made, int64 (num_examples,); 0 for those dropped."""
         return torch.zeros(self.num_examples, dtype=torch.int64).index_add_(0, self.examples, self.lengths)
-
-    @property
-    def _first_tokens(self) -> Tensor:
-        """The first token of each piece, where no example was split too."""
-        return torch.zeros_like(self.examples) if self.starts is None else self.starts
 
     def per_bin(self, values: Tensor) -> Tensor:
         """Sums over the pieces of each bin: (bins,), of one value per piece, e.g. `plan.lengths ** 2`."""
@@ -172,9 +168,9 @@ class PackingPlan:
             return "its tensors are not int64 of one dimension"
         if type(self.capacity) is not int or not isinstance(self.made_by, dict):
             return "its capacity is no int, or the record of its arguments no dict"
-        pieces, firsts = self.examples.numel(), self._first_tokens
-        if self.lengths.numel() != pieces or firsts.numel() != pieces:
-            return f"{pieces} pieces have {self.lengths.numel()} lengths and {firsts.numel()} starts"
+        pieces = self.examples.numel()
+        if self.lengths.numel() != pieces or starts.numel() != pieces:
+            return f"{pieces} pieces have {self.lengths.numel()} lengths and {starts.numel()} starts"
         sizes = self.offsets.diff()
         if not sizes.numel() or self.offsets[0] != 0 or self.offsets[-1] != pieces or bool((sizes < 1).any()):
             return "its offsets do not rise from 0 to the number of pieces"
@@ -183,11 +179,14 @@ class PackingPlan:
         over = (self.per_bin(self.lengths) > self.capacity).nonzero().flatten()
         if len(over):
             return f"bin {int(over[0])} holds more than the capacity of {self.capacity} tokens"
-        held = torch.cat([self.examples[firsts == 0], self.dropped])
-        if bool(((held < 0) | (held >= held.numel())).any()):
-            return f"of {held.numel()} examples one has the number {int(held.min() if held.min() < 0 else held.max())}"
+        held = torch.cat([self.examples if self.starts is None else self.examples[starts == 0], self.dropped])
+        if not held.numel():
+            return "no piece begins an example"
+        for number in (int(held.min()), int(held.max())):
+            if not 0 <= number < held.numel():
+                return f"of {held.numel()} examples one has the number {number}"
         times = torch.bincount(held, minlength=held.numel())
-        if bool((times != 1).any()):
+        if int(times.max()) > 1:
             example = int((times != 1).nonzero()[0])
             return f"example {example} is there {int(times[example])} times"
         return "" if self.starts is None else self._gap()

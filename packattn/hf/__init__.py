@@ -2,7 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from transformers import AttentionInterface, AttentionMaskInterface
+from packattn.requirements import missing
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise missing("packattn.patch, as packattn.verify,", "transformers", "hf") from error
 
 from packattn.hf.attention import attention_forward
 from packattn.hf.hooks import NAME

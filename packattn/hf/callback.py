@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DefaultFlowCallback, TrainerCallback
 
 from packattn.boundaries import boundaries
+from packattn.hf.conditions import Conditions
 from packattn.hf.inputs import given_sequences, own_positions, tokens_of
 
 
@@ -101,7 +102,7 @@ class PackingCallback(TrainerCallback):  # type: ignore[misc]
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         positions = kwargs.get("position_ids")
         if positions is None or positions.ndim != 2:
-            given = given_sequences(kwargs, tokens)
+            given = given_sequences(Conditions(), kwargs, tokens)  # the model looks at them
             positions = own_positions(tokens, mask) if given is None else given
         sequences, _, _, padding = boundaries(positions.expand(rows, n), mask).summary.long().unbind()
         size = torch.full_like(padding, rows * n)
