@@ -1,4 +1,4 @@
-"""pack_dataset and PackedStream: every token once, the same rows from every kind of data, resumption bit by bit."""
+"""pack_dataset: every token once, the same rows from every kind of data."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import packattn
 from packattn import PackingCollator, pack_dataset
-from packattn.data import PackedDataset, PackedStream, PackingPlan, PackRows, count_examples
+from packattn.data import PackedDataset, PackingPlan, PackRows, count_examples
 
 CAPACITY = 64
 
@@ -162,7 +162,9 @@ OTHER_COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list, lambda examples: Source(examples)])
+@pytest.mark.parametrize(
+    "kind", [list, datasets.Dataset.from_list, lambda examples: dict(enumerate(examples)).values()]
+)
 def test_columns_that_hold_no_number_per_token_are_left_out_and_named(kind):
     example = {"input_ids": [1, 2], "weight": [0.5, 1.0], "completion_mask": [1, 1]} | OTHER_COLUMNS
     with pytest.warns(UserWarning, match="are not packed") as said:
@@ -294,108 +296,12 @@ def test_columns_that_are_not_of_tokens_are_named():
         pack_dataset(["a"], CAPACITY, progress=False)
 
 
-class Source:
-    """Something to iterate over and nothing else."""
-
-    def __init__(self, examples):
-        self.examples = examples
-
-    def __iter__(self):
-        return iter(self.examples)
-
-
-SOURCES = {
-    "iterable": Source,
-    "datasets": lambda examples: datasets.Dataset.from_list(examples).to_iterable_dataset(num_shards=4),
-    "shuffled datasets": lambda examples: (
-        datasets.Dataset.from_list(examples).to_iterable_dataset(num_shards=4).shuffle(seed=3, buffer_size=10)
-    ),
-}
-
-
-def stream(kind, **options):
-    return pack_dataset(SOURCES[kind](make()), CAPACITY, open_bins=5, max_per_bin=6, **options)
-
-
-@pytest.mark.parametrize("kind", SOURCES)
-def test_a_stream_packs_everything_once_and_every_epoch_anew(kind):
-    packed = stream(kind)
-    assert isinstance(packed, PackedStream)
-    rows = list(packed)
-    assert sorted(examples_of(rows)) == tokens_of(make())
-    assert max(len(row["input_ids"]) for row in rows) <= CAPACITY
-    assert as_lists(packed) == as_lists(rows)
-
-
-@pytest.mark.parametrize("kind", ["iterable", "datasets"])
-def test_a_stream_goes_on_bit_by_bit_wherever_it_was_stopped(kind, tmp_path):
-    expected = as_lists(stream(kind))
-    for stop in (0, 1, 2, 7, len(expected) - 3, len(expected)):
-        first = stream(kind)
-        iterator = iter(first)
-        taken = as_lists(next(iterator) for _ in range(stop))
-        torch.save(first.state_dict(), tmp_path / "state.pt")
-        second = stream(kind)
-        second.load_state_dict(torch.load(tmp_path / "state.pt"))
-        assert second.state_dict() == first.state_dict()
-        assert taken + as_lists(second) == expected
-        assert as_lists(second) == expected
-    with pytest.raises(ValueError, match="open_bins=5, this stream has open_bins=6"):
-        PackedStream(Source([]), CAPACITY, open_bins=6, max_per_bin=6).load_state_dict(first.state_dict())
-
-
-@pytest.mark.parametrize("kind", ["iterable", "datasets"])
-def test_workers_share_a_stream_and_stateful_data_loader_resumes_it(kind):
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    def load():
-        return StatefulDataLoader(stream(kind), batch_size=1, num_workers=2, collate_fn=PackingCollator())
-
-    expected = [{name: values[0].tolist() for name, values in batch.items()} for batch in load()]
-    assert sorted(examples_of(expected)) == tokens_of(make())
-    loader = load()
-    iterator = iter(loader)
-    taken = [{name: values[0].tolist() for name, values in next(iterator).items()} for _ in range(9)]
-    state = loader.state_dict()
-    del iterator
-    resumed = load()
-    resumed.load_state_dict(state)
-    left = [{name: values[0].tolist() for name, values in batch.items()} for batch in resumed]
-    assert taken + left == expected
-
-
-def test_a_stream_counts_what_it_splits_and_drops():
-    examples = [{"input_ids": list(range(n))} for n in (150, 10, 70)]
-    packed = PackedStream(examples, CAPACITY, overlong="split")
-    assert sum(len(row["input_ids"]) for row in packed) == 230
-    assert (packed.split, packed.dropped) == (2, 0)
-    packed = PackedStream(examples, CAPACITY, overlong="drop")
-    assert [len(row["input_ids"]) for row in packed] == [10]
-    assert (packed.split, packed.dropped, packed.dropped_tokens) == (0, 2, 220)
-
-
-@pytest.mark.parametrize(
-    ("examples", "options", "error", "message"),
-    [
-        ([{"input_ids": [1] * 70}], {}, ValueError, "example 0 has 70 tokens where a bin takes at most 64"),
-        ([{"input_ids": [1]}, {"input_ids": []}], {}, ValueError, "example 1, field 'input_ids' is empty"),
-        ([[1, 2]], {}, TypeError, "example 0 must be a mapping with input_ids, got list"),
-        ([], {"open_bins": 0}, ValueError, "open_bins must be an int of at least 1"),
-        ([], {"overlong": "cut"}, ValueError, "overlong must be one of error, split, drop"),
-        (iter([]), {}, TypeError, "iterable again in every epoch, got an iterator"),
-        (3, {}, TypeError, "examples must be iterable, got int"),
-    ],
-)
-def test_law_10_what_cannot_be_streamed_is_named(examples, options, error, message):
-    with pytest.raises(error, match=message):
-        list(PackedStream(examples, CAPACITY, **options))
-
-
-def test_a_stream_takes_no_plan():
+def test_a_stream_takes_no_plan_and_keeps_its_order():
+    nothing = {}.values()
     for options in ({"plan": "plan.pt"}, {"seed": 1}, {"num_proc": 2}, {"method": "mixed"}, {"lengths": [1]}):
         with pytest.raises(ValueError, match="leave out lengths, plan, num_proc, seed and any method"):
-            pack_dataset(Source([]), CAPACITY, **options)
-    assert not list(pack_dataset(Source([]), CAPACITY, method="best-fit", seed=None))
+            pack_dataset(nothing, CAPACITY, **options)
+    assert not list(pack_dataset(nothing, CAPACITY, method="best-fit", seed=None))
 
 
 def test_packing_does_not_import_datasets():

@@ -21,10 +21,25 @@ def check_loader(stream: "PackedStream") -> None:
     loader = _loader_of(stream)
     if loader is None:
         return
-    ranks = sys.modules["accelerate.state"].PartialState().num_processes
-    if ranks == 1:
-        _check_rows(stream, ranks, loader)
-        return
+    ranks = _ranks()
+    if ranks > 1:
+        _check_dealing(stream, ranks, loader)
+    step = _rows_of_a_step(loader) * max(loader.num_workers, 1)
+    if stream.rows_per_epoch is None and ranks > 1:
+        warnings.warn(
+            f"the last step of an epoch may lack rows for some of {ranks} ranks; Accelerate then repeats rows of the "
+            f"first step, or drops the last ones with drop_last. rows_per_epoch, a multiple of {step}, avoids both.",
+            stacklevel=4,
+        )
+    elif stream.rows_per_epoch is not None and stream.rows_per_epoch % step:
+        raise ValueError(
+            f"rows_per_epoch={stream.rows_per_epoch} must be a multiple of {step}, the rows of a step of {ranks} ranks "
+            f"times {max(loader.num_workers, 1)} workers; otherwise rows would be repeated or lost in the last step."
+        )
+
+
+def _check_dealing(stream: "PackedStream", ranks: int, loader: Any) -> None:
+    """Whether the loader can deal out the rows of `stream` to several ranks."""
     if stream.source.split is not None or stream.num_replicas > 1:
         raise ValueError(
             "the stream hands on the rows of one rank (split_dataset_by_node or num_replicas), and Accelerate deals "
@@ -36,11 +51,9 @@ def check_loader(stream: "PackedStream") -> None:
             f"use_stateful_dataloader=True saves a place that is not exact for a stream on {ranks} ranks; leave it "
             "out, and go on with loader.set_epoch(epoch) and accelerate.skip_first_batches(loader, batches)."
         )
-    dispatches = isinstance(loader, sys.modules["accelerate.data_loader"].DataLoaderDispatcher)
-    splits = loader.split_batches if dispatches else loader.dataset.split_batches
     collator = _collator(loader.collate_fn)
-    if isinstance(collator, PackingCollator) and dispatches:
-        if splits:
+    if isinstance(collator, PackingCollator) and _dispatches(loader):
+        if loader.split_batches:
             raise ValueError(
                 f"split_batches=True cuts a packed row into {ranks} pieces; give "
                 f"{_TRAINER.format('split_batches', False)}."
@@ -51,7 +64,21 @@ def check_loader(stream: "PackedStream") -> None:
                 "must have one size: give PackingCollator(pad_to=capacity), without return_flash_attn_kwargs; or let "
                 f"every rank read for itself: {_TRAINER.format('dispatch_batches', False)}."
             )
-    _check_rows(stream, 1 if splits else ranks, loader)
+
+
+def check_skipped(stream: "PackedStream", rows: int) -> None:
+    """Check that Accelerate's loader, as a resumed Trainer makes it, does not skip more than an epoch of `rows` rows.
+
+    Raises:
+        ValueError: it does. It would go on at the beginning of the next epoch, wherever the first run stood in it.
+    """
+    loader = _loader_of(stream)
+    skipped = getattr(loader, "skip_batches", 0)
+    if skipped and rows <= skipped * _rows_of_a_step(loader):
+        raise ValueError(
+            f"the run is resumed after {skipped} batches, and the epoch has only {rows} rows: without a length, "
+            "Trainer cannot know in which epoch it was stopped. Give the stream rows_per_epoch, in the first run too."
+        )
 
 
 def reads_ahead(stream: "PackedStream") -> bool:
@@ -60,23 +87,20 @@ def reads_ahead(stream: "PackedStream") -> bool:
     return loader is not None and not loader.use_stateful_dataloader
 
 
-def _check_rows(stream: "PackedStream", ranks: int, loader: Any) -> None:
-    """Whether an epoch is a whole number of steps of all ranks and workers."""
-    size = getattr(loader.dataset, "batch_size", None) or loader.batch_size or 1
-    step = ranks * size * max(loader.num_workers, 1)
-    if stream.rows_per_epoch is None:
-        if ranks > 1:
-            warnings.warn(
-                f"the last step of an epoch may lack rows for some of {ranks} ranks; Accelerate then repeats rows of "
-                f"the first step, or drops the last ones with drop_last. rows_per_epoch, a multiple of {step}, avoids "
-                "both.",
-                stacklevel=4,
-            )
-    elif stream.rows_per_epoch % step:
-        raise ValueError(
-            f"rows_per_epoch={stream.rows_per_epoch} must be a multiple of {step} = {ranks} ranks x {size} rows of a "
-            f"batch x {max(loader.num_workers, 1)} workers; otherwise ranks would repeat or lose rows in the last step."
-        )
+def _rows_of_a_step(loader: Any) -> int:
+    """Rows of one batch on every rank."""
+    dealt = loader if _dispatches(loader) else loader.dataset
+    size = getattr(dealt, "batch_size", None) or loader.batch_size or 1
+    return int(size) * (1 if getattr(dealt, "split_batches", False) else _ranks())
+
+
+def _ranks() -> int:
+    return int(sys.modules["accelerate.state"].PartialState().num_processes)
+
+
+def _dispatches(loader: Any) -> bool:
+    """Whether rank 0 reads for all."""
+    return isinstance(loader, sys.modules["accelerate.data_loader"].DataLoaderDispatcher)
 
 
 def _loader_of(stream: "PackedStream") -> Any:

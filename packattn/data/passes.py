@@ -42,10 +42,10 @@ class Pass:
     def next_row(self) -> Examples | None:
         """The examples of this rank's next row, None: there is none. To be followed by `handed_on`."""
         ranks = self._stream.num_replicas
-        while len(self._closed) < ranks:
-            if self._ended:
-                return None
+        while len(self._closed) < 2 * ranks - 1 and not self._ended:  # so that the last rows can be filled up
             self._read()
+        if not self._closed:
+            return None
         rows, self._closed = self._closed[:ranks], self._closed[ranks:]
         return rows[self._stream.rank]
 
@@ -57,6 +57,7 @@ class Pass:
             self._take(example)
             return
         self._ended = True
+        self._stream.source.ended(self.taken)
         self._closed += [self._held.pop(bin_) for bin_ in sorted(self._held)]
         self._fill_up()
 

@@ -38,6 +38,11 @@ class Source:
         self._keeps_its_place = hasattr(examples, "state_dict") and not _is_datasets(examples)
         if self._keeps_its_place:
             self._examples = self._copied()
+        self._read: Iterator[Mapping[str, Any]] | None = None
+        self.gave_any = False  # in a whole pass in this process
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read": None, "gave_any": False}
 
     def start(self, epoch: int | None, of_all_ranks: bool) -> Iterator[Mapping[str, Any]]:
         """This worker's examples, from the first one of `epoch` (None: of the epoch that the examples are set to).
@@ -53,10 +58,24 @@ class Source:
             examples = self._copied()
         if epoch is not None and hasattr(examples, "set_epoch"):
             examples.set_epoch(epoch)
+        read: Iterator[Mapping[str, Any]] = iter(examples)
         worker = get_worker_info()
+        if read is self._read:
+            raise _once(f"iter() of the {type(examples).__name__} gives the same {type(read).__name__} again")
+        self._read = read
         if worker is None or isinstance(examples, IterableDataset):
-            return iter(examples)
-        return itertools.islice(examples, worker.id, None, worker.num_workers)
+            return read
+        return itertools.islice(read, worker.id, None, worker.num_workers)
+
+    def ended(self, taken: int) -> None:
+        """Note that a pass ended after `taken` examples.
+
+        Raises:
+            ValueError: there were none, while an earlier pass had some.
+        """
+        if not taken and self.gave_any:
+            raise _once("an earlier pass had examples, this one has none")
+        self.gave_any = taken > 0
 
     @property
     def split(self) -> tuple[int, int] | None:
@@ -73,6 +92,13 @@ class Source:
                 f"{type(self._examples).__name__} cannot be copied ({error}). Give examples without a state_dict, or "
                 "define __deepcopy__."
             ) from error
+
+
+def _once(seen: str) -> ValueError:
+    return ValueError(
+        f"examples can be read only once: {seen}. Every epoch reads them from the beginning: give a class whose "
+        "__iter__ begins again, or datasets.IterableDataset.from_generator."
+    )
 
 
 def share_of(ranks: int) -> dict[str, int]:
@@ -117,7 +143,8 @@ def _from_the_beginning(dataset: Any) -> Any:
     The steps of its pipeline (`_ex_iterable`) each count what they have read, so all of them are copied. Tokenizers,
     functions and data are not.
     """
-    fresh = copy.copy(dataset)
+    fresh = object.__new__(type(dataset))
+    fresh.__dict__.update(dataset.__dict__)  # copy.copy would share one __dict__ between the two
     fresh._starting_state_dict = None
     fresh._epoch = copy.deepcopy(dataset._epoch)
     fresh._ex_iterable = _steps_copied(dataset._ex_iterable)

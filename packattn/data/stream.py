@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from packattn.data.accelerated import check_loader, reads_ahead
+from packattn.data.accelerated import check_loader, check_skipped, reads_ahead
 from packattn.data.collator import PackingCollator, packed_row
 from packattn.data.examples import holds_tokens, left_out
 from packattn.data.packing import Overlong, make_limits
@@ -159,6 +159,8 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
                 self._handed_on(run)
                 yield row
             elif run.quota is None:
+                if run.share["workers"] == 0:
+                    check_skipped(self, run.rows)
                 run.ended = True
             else:
                 run.passing = self._next_pass(run.passing)
