@@ -12,7 +12,7 @@ import torch
 import packattn
 from packattn import PackedMask
 from packattn.data import PackingPlan, fit, pack_histogram
-from packattn.data.fit import BestFit, Bin, Limits
+from packattn.data.fit import Bin, Limits
 from packattn.data.packing import lengths_tensor
 
 METHODS = ["mixed", "first-fit", "best-fit", "next-fit", "best-fit-decreasing"]
@@ -233,16 +233,6 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         packattn.pack([4, 5], 64).save(tmp_path / "plan.pt")
     assert contents(PackingPlan.load(tmp_path / "plan.pt")) == contents(old)
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_best_fit_goes_on_where_its_state_was_taken():
-    limits, lengths = Limits(64, 5, 1500), draw(7, Limits(64, 5, 1500))
-    whole, half = BestFit(limits, 6), BestFit(limits, 6)
-    expected = [whole.place(length) for length in lengths]
-    assert [half.place(length) for length in lengths[:150]] == expected[:150]
-    resumed = BestFit(limits, 6)
-    resumed.load_state_dict(half.state_dict())
-    assert [resumed.place(length) for length in lengths[150:]] == expected[150:]
 
 
 BAD = [

@@ -132,6 +132,7 @@ def ray_cluster():
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_rows_are_a_function_for_ray_data(tmp_path, ray_cluster):
     examples = make(100)
     datasets.Dataset.from_list(examples).save_to_disk(tmp_path / "data")

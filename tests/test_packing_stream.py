@@ -1,7 +1,9 @@
 """PackedStream: every example once an epoch whatever was read before, exact resumption over any kind of examples."""
 
+import copy
 import itertools
 import json
+import pickle
 import random
 
 import datasets
@@ -167,6 +169,14 @@ def test_iterations_over_one_stream_do_not_disturb_each_other(options):
     assert first == second == uncut[1]
 
 
+def test_a_copy_of_a_stream_begins_at_the_beginning():
+    packed = make("shuffle")
+    next(iter(packed))
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(make("list")))):
+        assert len(tokens(copied)) == len(tokens(copied)) > 0
+    assert tokens(copy.deepcopy(packed)) == tokens(make("shuffle"))
+
+
 def test_rows_of_an_epoch_go_on_where_the_one_before_ended():
     every = make("set_epoch")
     passes = joined(epochs(every, 4))
@@ -323,12 +333,15 @@ def test_stateful_workers_resume_a_shuffled_stream_and_another_number_of_workers
     assert head + batches(loader) == uncut
     packed, _ = load("shuffle", 0, **options)
     workers = state["_snapshot"]["_worker_snapshots"]["worker_0"]["dataset_state"]
-    packed.load_state_dict(workers)
-    with pytest.raises(ValueError, match="saved by workers=2, this stream has workers=0"):
-        list(packed)
+    with pytest.raises(ValueError, match="saved with workers=2, this stream has workers=0"):
+        packed.load_state_dict(workers)
+    _, loader = load("shuffle", 1, StatefulDataLoader, **options)
+    loader.load_state_dict(state)
+    with pytest.raises(ValueError, match="saved with workers=2, this stream has workers=1"):
+        list(loader)
     packed, loader = load("shuffle", 2, **options)
     packed.load_state_dict(saved(**options))
-    with pytest.raises(ValueError, match="saved by workers=0, this stream has workers=2"):
+    with pytest.raises(ValueError, match="saved with workers=0, this stream has workers=2"):
         batches(loader)
 
 

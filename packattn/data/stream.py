@@ -103,23 +103,23 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         # read, and how often an epoch had been set by then.
         self._shared = torch.tensor([_NEVER, 0, 0, 0])
         self._share_memory()
-        self._forget()
-
-    def _forget(self) -> None:
         self._resume: dict[str, Any] | None = None
+        self._next_epoch = self._sets_seen = 0
+        self._not_iterated()
+
+    def _not_iterated(self) -> None:
         self._run = _Run(self)  # the iteration that began, or handed on a row, last
         self._left: _Run | None = None  # the last finished epoch of rows_per_epoch rows, where the next one goes on
-        self._next_epoch = self._sets_seen = 0
-        self._process = _NEVER
+        self._process = _NEVER  # that iterated last
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, also in another process, has not been iterated over."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_left", "_process")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._forget()
         self.__dict__.update(state)
         self._share_memory()
+        self._not_iterated()
 
     def _share_memory(self) -> None:
         self._shared.share_memory_()  # type: ignore[no-untyped-call]
@@ -180,8 +180,9 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         run.quota, run.epoch = self._quota(run.share), self._epoch()
         if state is not None and state["epoch"] is not None:
             run.epoch = state["epoch"]
+        if state is not None:
+            _check_reader(state, run.share)
         if state is not None and state["rows"]:
-            _check_same("state was saved by", {name: state[name] for name in run.share}, run.share)
             run.rows, run.ended = state["rows"], state["ended"]
             run.passing = Pass(self, run.epoch if run.quota is None else state["pass"])
             run.passing.skip_to(state)
@@ -320,11 +321,11 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         """Go on where `state` was taken: the next iteration hands on the rows that were still to come.
 
         That iteration reads the examples of the pass again, and raises ValueError if they are not those that had been
-        read, or if another number of ranks or workers reads them.
+        read.
 
         Raises:
-            TypeError, ValueError: this is no state of a PackedStream; or of one that packs in another way; or of
-                another epoch than the one that was set.
+            TypeError, ValueError: this is no state of a PackedStream; or of one that packs in another way, on another
+                number of ranks or workers; or of another epoch than the one that was set.
         """
         wanted = self._packing()
         if not isinstance(state, Mapping):
@@ -333,6 +334,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         if missing:
             raise ValueError(f"state is not what state_dict of a PackedStream gave: it lacks {', '.join(missing)}.")
         _check_same("state was saved with", {name: state[name] for name in wanted}, wanted)
+        _check_reader(state, self._share())
         keep = not self._shared[1] or _of_epoch(state, int(self._shared[0]))
         self._resume, self._left = dict(state) if keep else None, None
         if self.rows_per_epoch is not None:
@@ -355,6 +357,10 @@ def _check_same(what: str, saved: dict[str, Any], mine: dict[str, Any]) -> None:
             f"{what} {_said({name: saved[name] for name in names})}, this stream has "
             f"{_said({name: mine[name] for name in names})}; go on with the same, or begin without the state."
         )
+
+
+def _check_reader(state: Mapping[str, Any], share: dict[str, int]) -> None:
+    _check_same("state was saved with", {name: state[name] for name in share}, share)
 
 
 def _said(values: dict[str, Any]) -> str:

@@ -91,8 +91,10 @@ class Plan:
         rows: reasons why the builders run on one row per sequence as a whole; empty: they do not.
         refused: reasons why the model cannot be isolated at all.
         first_position: where the model's own positions begin: 0, or 2 in the RoBERTa family.
+        planes: rotary embeddings take several planes of position_ids (M-RoPE).
         text_plane: of four planes of position_ids, the model takes the first as that of the text.
         shifts_labels: the loss of the model has a token predict the label of the next one.
+        first_forward: no forward has come to its end since the patch: conditions are read on the host.
         removed: the patch was removed: a forward in which something else keeps a wrapper is the module's own again.
     """
 
@@ -104,8 +106,10 @@ class Plan:
     rows: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     first_position: int = 0
+    planes: bool = False
     text_plane: bool = False
     shifts_labels: bool = False
+    first_forward: bool = True
     removed: bool = False
 
     @property
@@ -149,6 +153,7 @@ def make_plan(model: nn.Module) -> Plan:
         if id(module) not in wrapped and _computes_attention(module, wrapped):
             plan.rows.append(f"{type(module).__name__} computes attention itself")
     plan.rows = list(dict.fromkeys(plan.rows))
+    plan.planes = any("mrope_section" in (getattr(b.config, "rope_parameters", None) or {}) for _, b in plan.builders)
     plan.text_plane = any("shape[0] == 4" in _source(builder) for _, builder in plan.builders)
     plan.shifts_labels = any(_shifts_labels(entry) for entry in plan.entries)
     poolers = [(name, m, "one") for name, m in inside if type(m).__name__.endswith("Pooler")]
