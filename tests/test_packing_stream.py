@@ -359,7 +359,7 @@ def test_a_stream_counts_what_it_splits_and_drops():
     ("examples", "options", "error", "message"),
     [
         ([{"input_ids": [1] * 70}], {}, ValueError, "example 0 has 70 tokens where a bin takes at most 16"),
-        ([{"input_ids": [1]}, {"input_ids": []}], {}, ValueError, "example 1 is empty"),
+        ([{"input_ids": [1]}, {"input_ids": []}], {}, ValueError, "example 1, field 'input_ids' is empty"),
         ([[1, 2]], {}, TypeError, "example 0 must be a mapping with input_ids, got list"),
         ([{"input_ids": [1]}, None], {}, TypeError, "example 1 must be a mapping with input_ids, got NoneType"),
         ([], {"open_bins": 0}, ValueError, "open_bins must be an int of at least 1"),
