@@ -24,7 +24,7 @@ from packattn.errors import UnsupportedModelError
 from packattn.hf.by_sequence import by_sequence
 from packattn.hf.carry import Carry
 from packattn.hf.continuous import wrap_continuous_batching
-from packattn.hf.guard import Check, Mark
+from packattn.hf.guard import Check, CheckResult, Mark
 from packattn.hf.hooks import NAME, Enter, Leave, entered, entering, leaving, with_padding_token
 from packattn.hf.inputs import EXPLICIT, modules_around, takes_rows
 from packattn.hf.plan import Plan, make_plan, one_logit_a_row
@@ -188,6 +188,10 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
             carry = Carry(plan, list(inspect.signature(builder.forward).parameters), four)
             restore.append(builder.register_forward_pre_hook(carry, with_kwargs=True).remove)
         restore.append(builders[0].register_forward_hook(Check(plan), with_kwargs=True).remove)
+        for entry in plan.entries:
+            if entry not in builders:
+                check = CheckResult(plan, list(inspect.signature(entry.forward).parameters))
+                restore.append(entry.register_forward_hook(check, with_kwargs=True).remove)
         for _, module in plan.attention:
             restore.append(module.register_forward_pre_hook(Mark()).remove)
         for _, module, kind in plan.by_sequence:

@@ -335,6 +335,8 @@ def _mixers(inside: list[tuple[str, nn.Module]]) -> tuple[list[tuple[str, nn.Mod
         kind = type(module).__name__
         if looks_at_length(module):
             found.append((name, module, "equal"))
+        elif isinstance(module, nn.Conv2d) and module.kernel_size[0] == 1 < module.kernel_size[1]:
+            reasons.append(f"{kind} in {name.rpartition('.')[0] or 'it'} mixes along the row")
         elif is_convolution(module):
             reasons.append(f"{kind} in {name.rpartition('.')[0] or 'it'} mixes along the row inside of attention")
         elif calls_interface(module) or _NO_MIXERS.search(kind):
