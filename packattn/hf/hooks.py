@@ -42,7 +42,8 @@ from packattn.hf.inputs import (
 )
 from packattn.hf.layout import Layout
 from packattn.hf.masks import Carried, carry
-from packattn.hf.plan import Plan, finds_last_by_padding, one_logit_a_row
+from packattn.hf.plan import Plan, finds_last_by_padding
+from packattn.hf.probe import probe_late
 from packattn.hf.running import RUNNING, SUSPENDED, Running, keep_running_in_checkpoints, past_the_hooks
 from packattn.mask import PackedMask
 
@@ -77,6 +78,7 @@ def _with_positions(
     tokens, position_ids = tokens_of(arguments), arguments.get("position_ids")
     if not isinstance(tokens, Tensor):
         return None
+    _unchanged_in_a_trace(hook.plan)
     if why := _spoiled_in_a_trace(hook.plan, arguments.get("input_ids") is None and position_ids is None):
         raise NotImplementedError(why)
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
@@ -96,7 +98,13 @@ def _spoiled(plan: Plan, tokens_only: bool) -> str:
     return spoils(around[0], tokens_only) if around else ""
 
 
+def _unchanged(plan: Plan) -> bool:
+    plan.unchanged()
+    return True
+
+
 # Traces have no callers to look at: asked once for each graph, outside of it.
+_unchanged_in_a_trace: Callable[..., bool] = torch.compiler.assume_constant_result(_unchanged)  # type: ignore[no-untyped-call]
 _spoiled_in_a_trace: Callable[..., str] = torch.compiler.assume_constant_result(_spoiled)  # type: ignore[no-untyped-call]
 
 
@@ -115,6 +123,9 @@ def _enter(
     tokens = tokens_of(arguments)
     if not isinstance(tokens, Tensor):
         return None  # arguments of other names: what comes in is seen where they reach the model inside
+    hook.plan.unchanged()
+    if hook.plan.not_probed:
+        probe_late(hook.plan, tokens)
     refuse_callers(hook.plan.entries, arguments.get("input_ids") is None and arguments.get("position_ids") is None)
     running = Running(plan=hook.plan, owner=module, before=before)
     RUNNING.set(running)
@@ -143,7 +154,7 @@ def _arguments(
         return None
     if running.layout is not None and _stays_padded(hook, module, arguments, running.layout):
         running.layout, running.packed = None, False
-    if running.layout is not None and one_logit_a_row(module):
+    if running.layout is not None and module in hook.plan.heads:
         _check_labels(arguments.get("labels"), len(running.layout.starts))
         if not hook.plan.by_length(module):
             _unpack(running, module, arguments)
@@ -200,7 +211,7 @@ def _stays_padded(hook: Enter, module: nn.Module, arguments: dict[str, Any], lay
     """Whether rows of one padded sequence each are left to transformers, for their caches."""
     if layout.packed:
         return False
-    if one_logit_a_row(module) and len(layout.starts) < layout.rows:
+    if module in hook.plan.heads and len(layout.starts) < layout.rows:
         raise ValueError(
             f"{type(module).__name__} makes one result of every sequence, and {layout.rows - len(layout.starts)} of "
             f"the {layout.rows} rows hold padding alone. Leave them out."
