@@ -9,7 +9,11 @@ from packattn.boundaries import Boundaries, boundaries, cu_seqlens_from_position
 from packattn.errors import UnsupportedMaskError, UnsupportedModelError
 from packattn.losses import count_over_ranks, mean_over_sequences, mean_over_tokens, pool, token_losses
 from packattn.mask import PackedMask
-from packattn.varlen import flash_attn_varlen_func
+from packattn.varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 if TYPE_CHECKING:
     from packattn.data import BalancedPackingSampler, PackingCollator, pack, pack_dataset, packing_report
@@ -33,6 +37,8 @@ __all__ = [
     "count_over_ranks",
     "cu_seqlens_from_position_ids",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "mean_over_sequences",
     "mean_over_tokens",
     "pack",

@@ -12,6 +12,7 @@ from packattn import info, ops, selftest
 from packattn.attention import Backend
 from packattn.data import command
 from packattn.errors import UnsupportedModelError
+from packattn.requirements import missing
 
 
 def run_selftest() -> int:
@@ -46,7 +47,7 @@ def run_data_command(arguments: argparse.Namespace) -> int:
 
     def load(name: str) -> object:
         if info.version_of("transformers") is None:
-            raise ImportError("--tokenizer needs transformers: pip install packattn[hf]")
+            raise missing("--tokenizer", "transformers", "hf")
         from packattn.hf.tokenizer import load_tokenizer
 
         return load_tokenizer(name)
@@ -91,7 +92,7 @@ def main() -> int:
     commands.add_parser("info", help="what is installed, what is missing and what that costs")
     commands.add_parser("selftest", help="every kernel against the oracle on this machine, in about a minute")
     probe = commands.add_parser("verify", help="whether the packed sequences of a model see each other")
-    probe.add_argument("model", metavar="PATH_OR_MODEL_TYPE", help="a saved model, or a type: a tiny one")
+    probe.add_argument("model", metavar="MODEL", help="a folder, a name on the Hub, or a model type: a tiny one")
     probe.add_argument("--plain", action="store_true", help="transformers as it is, without packattn.patch")
     probe.add_argument("--attention", metavar="NAME", help="attn_implementation to probe with --plain: sdpa, eager ...")
     probe.add_argument("--lengths", type=int, nargs="+", metavar="N", help="of the sequences")

@@ -1,16 +1,22 @@
 """packed_attention: argument checks, the choice of backend, and the autograd Function over the operators."""
 
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from packattn import ops
+from packattn.arguments import described, real, whole
 from packattn.mask import LaunchOrder, PackedMask
+from packattn.requirements import how_to_build
 from packattn.schemas import BACKENDS
 
 Backend = Literal["triton", "cpu", "torch"]
+
+# What float32 holds with room for the products and quotients of a scale, a cap and a score, on every backend.
+_LEAST, _MOST = 2.0**-60, 2.0**60
+# Dropout compares 32-bit words with round(dropout_p * 2**32), which has to be one.
+_MOST_DROPPED = 1 - 2.0**-32
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
@@ -32,12 +38,22 @@ def schedule(
     dealt evenly to the multiprocessors. Made on the device, once for a mask that many layers of one shape share; layers
     of another shape or dtype run without. Results are the same with and without it. Other backends need none: the mask
     comes back as it is.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named.
     """
+    _check_mask(mask)
+    heads_q, heads_k = whole("heads_q", heads_q, 1), whole("heads_k", heads_k, 1)
+    head_dim = whole("head_dim", head_dim, 1)
+    dim_v = head_dim if head_dim_v is None else whole("head_dim_v", head_dim_v, 1)
+    if heads_q % heads_k:
+        raise ValueError(f"heads_k must divide heads_q={heads_q}, got {heads_k}.")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, that of q, got {described(dtype)}.")
     if default_backend(mask.k_start.device, dtype) != "triton":
         return mask
     from packattn.kernels.launch import launch_order
 
-    dim_v = head_dim_v or head_dim
     tiles = launch_order(*mask[:4], heads_q, heads_k, head_dim, dim_v, dtype)
     return mask._replace(order=LaunchOrder(tiles, heads_q // heads_k, max(head_dim, dim_v), dtype))
 
@@ -111,13 +127,14 @@ def packed_attention(
         k: (tokens_k, heads_k, head_dim), dtype and device of q; heads_k divides heads_q.
         v: (tokens_k, heads_k, head_dim_v), likewise.
         mask: the spans, on the device of q.
-        softmax_scale: factor of the scores; head_dim ** -0.5 if None.
-        softcap: if positive, scores become `softcap * tanh(scores / softcap)`.
+        softmax_scale: factor of the scores, from 2**-60 to 2**60; head_dim ** -0.5 if None.
+        softcap: scores become `softcap * tanh(scores / softcap)`, from 2**-60 to 2**60; 0 for none.
         sinks: (heads_q,), floating: one logit per head that takes part in the softmax and has no value.
         alibi_slopes: (heads_q,) or (heads_q, tokens), floating, no gradient: the score of query i and key j gets the
             bias `-slope * |anchor_i - j|` (Press et al. 2022, arXiv 2108.12409), after softcap.
         alibi_anchors: int32 (tokens,): the key at which each query stands, by default its own index.
-        dropout_p: probability of dropping a softmax probability; the kept ones are scaled by 1 / (1 - dropout_p).
+        dropout_p: probability of dropping a softmax probability, from 0 to 1 - 2**-32; the kept ones are scaled by
+            1 / (1 - dropout_p).
         backend: "triton", "cpu" or "torch"; None takes the one of the device (see `python -m packattn info`).
 
     Returns:
@@ -153,10 +170,13 @@ def packed_attention_with_lse(
     Returns:
         out as packed_attention; lse (heads_q, tokens), float32, natural log, -inf for an empty span without sink.
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if all(isinstance(x, Tensor) for x in (q, k, v)) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype.is_floating_point and x.dtype != torch.float64 else x for x in (q, k, v))
-    _check(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p)
+    _check(q, k, v, mask, sinks)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else real("softmax_scale", softmax_scale, _LEAST, _MOST)
+    softcap = real("softcap", softcap, _LEAST, _MOST, none=0)
+    dropout_p = real("dropout_p", dropout_p, 0, _MOST_DROPPED)
     slopes, anchors = _bias(q, alibi_slopes, alibi_anchors)
     if backend is None:
         backend = default_backend(q.device, q.dtype)
@@ -166,9 +186,8 @@ def packed_attention_with_lse(
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if sinks is not None:
         sinks = sinks.to(ops.lse_dtype(q))
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     q, k, v = (_last_dim_contiguous(x) for x in (q, k, v))
-    options = (scale, float(softcap), float(dropout_p), backend)
+    options = (scale, softcap, dropout_p, backend)
     order = _tiles_in_order(mask.order, q, k, v)
     out, lse = PackedAttention.apply(q, k, v, *mask[:4], order, sinks, slopes, anchors, seed, *options)
     return out, lse
@@ -178,20 +197,53 @@ def _last_dim_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, softmax_scale: float | None, softcap: float,
-    sinks: Tensor | None, dropout_p: float,
-) -> None:  # fmt: skip
+def _check_mask(mask: object) -> None:
+    if not isinstance(mask, PackedMask):
+        raise TypeError(
+            f"mask must be a packattn.PackedMask, got {described(mask)}; make one with "
+            "PackedMask.causal(packattn.boundaries(position_ids))."
+        )
+    # By their places: older compilers do not trace what else a NamedTuple has.
+    for name, ends, start in (
+        ("k_start", mask[0], mask[0]), ("k_end", mask[1], mask[0]), ("q_start", mask[2], mask[2]),
+        ("q_end", mask[3], mask[2]),
+    ):  # fmt: skip
+        if not isinstance(ends, Tensor) or ends.dtype != torch.int32 or ends.ndim != 1 or ends.shape != start.shape:
+            raise ValueError(
+                f"mask.{name} must be an int32 tensor of one dimension, as those that PackedMask.from_spans makes, got "
+                f"{described(ends)}."
+            )
+
+
+def check_tensors(q: object, k: object, v: object) -> None:
+    """Refuse what is not a floating-point tensor of three dimensions."""
     for name, x, shape in (
         ("q", q, "(tokens, heads_q, head_dim)"),
         ("k", k, "(tokens_k, heads_k, head_dim)"),
         ("v", v, "(tokens_k, heads_k, head_dim_v)"),
     ):
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating-point tensor of shape {shape}, got {got}.")
+            raise TypeError(f"{name} must be a floating-point tensor of shape {shape}, got {described(x)}.")
         if x.ndim != 3:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}.")
+
+
+def check_sinks(name: str, sinks: object, q: Tensor) -> None:
+    """Refuse what is neither None nor one logit per head."""
+    if sinks is not None and (
+        not isinstance(sinks, Tensor)
+        or not sinks.dtype.is_floating_point
+        or sinks.shape != (q.shape[1],)
+        or sinks.device != q.device
+    ):
+        raise ValueError(
+            f"{name} must be a floating-point tensor of shape ({q.shape[1]},) on {q.device}, got {described(sinks)}."
+        )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, sinks: Tensor | None) -> None:
+    check_tensors(q, k, v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}.")
         if x.device != q.device:
@@ -207,36 +259,14 @@ def _check(
         )
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"v must have shape ({tokens_k}, {heads_k}, head_dim_v), as k, got {tuple(v.shape)}.")
-    if not isinstance(mask, PackedMask):
-        raise TypeError(
-            f"mask must be a packattn.PackedMask, got {type(mask).__name__}; make one with "
-            "PackedMask.causal(packattn.boundaries(position_ids))."
-        )
+    _check_mask(mask)
     # By its fields: older compilers do not trace the properties of a NamedTuple.
     queries, keys = mask.k_start.shape[0], mask.q_start.shape[0]
     if queries != tokens or keys != tokens_k:
         raise ValueError(f"mask must be of {tokens} queries and {tokens_k} keys, as q and k, got {queries} and {keys}.")
     if mask.k_start.device != q.device:
         raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.k_start.device}.")
-    if softmax_scale is not None and not 0 < softmax_scale < math.inf:
-        raise ValueError(f"softmax_scale must be positive, or None for head_dim ** -0.5, got {softmax_scale}.")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}.")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}.")
-    if sinks is not None and (
-        not isinstance(sinks, Tensor)
-        or not sinks.dtype.is_floating_point
-        or sinks.shape != (heads_q,)
-        or sinks.device != q.device
-    ):
-        got = described(sinks)
-        raise ValueError(f"sinks must be a floating-point tensor of shape ({heads_q},) on {q.device}, got {got}.")
-
-
-def described(x: object) -> str:
-    """What came in the place of a tensor that was wanted, for an error."""
-    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+    check_sinks("sinks", sinks, q)
 
 
 def _bias(q: Tensor, alibi_slopes: Tensor | None, alibi_anchors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -248,12 +278,13 @@ def _bias(q: Tensor, alibi_slopes: Tensor | None, alibi_anchors: Tensor | None) 
         return None, None
     if (
         not isinstance(alibi_slopes, Tensor)
+        or not alibi_slopes.dtype.is_floating_point
         or alibi_slopes.shape not in ((heads,), (heads, tokens))
         or alibi_slopes.device != q.device
     ):
         raise ValueError(
-            f"alibi_slopes must be a tensor of shape ({heads},) or ({heads}, {tokens}) on {q.device}, got "
-            f"{described(alibi_slopes)}."
+            f"alibi_slopes must be a floating-point tensor of shape ({heads},) or ({heads}, {tokens}) on {q.device}, "
+            f"got {described(alibi_slopes)}."
         )
     if alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes must not require a gradient, which packed_attention does not give; detach it.")
@@ -277,9 +308,7 @@ def _check_backend(backend: str, q: Tensor) -> None:
     reasons = []
     if backend == "cpu":
         if not ops.HAS_C:
-            reasons.append(
-                "packattn._C is not built: install a C++ compiler and run `pip install --no-build-isolation .`"
-            )
+            reasons.append(f"packattn._C is not built: {how_to_build('a C++ compiler')}")
         if q.device.type != "cpu":
             reasons.append(f"the tensors are on {q.device}")
         if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -4,16 +4,17 @@ A token begins a sequence when it is the first of its row or its position is not
 whose attention_mask is 0 is padding: it belongs to no sequence, and after it a new one begins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from packattn import ops  # noqa: F401  (registers torch.ops.packattn)
+from packattn.arguments import INTEGERS, described, whole
 
-_INTEGERS = (torch.int32, torch.int64)
-_MASKS = (torch.bool, torch.int32, torch.int64)
+_MASKS = (torch.bool, *INTEGERS)
+_MOST = 2**31 - 1  # tokens of a stream
 
 
 class Boundaries(NamedTuple):
@@ -54,15 +55,19 @@ class Boundaries(NamedTuple):
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> "Boundaries":
         """Boundaries of sequences of the given lengths (ints >= 1), end to end.
 
+        Raises:
+            TypeError, ValueError: a length that is not such a number, by its index; 2**31 tokens or more in all.
+
         >>> Boundaries.from_lengths([2, 3]).seq_start.tolist()
         [0, 0, 2, 2, 2]
         """
-        bad = [length for length in lengths if not isinstance(length, int) or length < 1]
-        if bad:
-            raise ValueError(f"lengths must be ints of at least 1, got {bad[0]!r} among {len(lengths)} lengths.")
-        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, dtype=torch.int32, out=cu_seqlens[1:])
-        return cls.from_cu_seqlens(cu_seqlens.to(device), tokens=sum(lengths))
+        if not isinstance(lengths, Iterable) or isinstance(lengths, Tensor):
+            raise TypeError(f"lengths must be a sequence of ints, got {described(lengths)}.")
+        counts = [whole(f"lengths[{index}]", length, 1) for index, length in enumerate(lengths)]
+        tokens = whole("the sum of lengths", sum(counts), 0, _MOST)
+        cu_seqlens = torch.zeros(len(counts) + 1, dtype=torch.int32)
+        torch.cumsum(torch.tensor(counts, dtype=torch.int32), 0, dtype=torch.int32, out=cu_seqlens[1:])
+        return cls.from_cu_seqlens(cu_seqlens.to(device), tokens=tokens)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, tokens: int) -> "Boundaries":
@@ -72,12 +77,13 @@ class Boundaries(NamedTuple):
             cu_seqlens: int32 or int64 (n + 1,), from 0 to `tokens`, non-decreasing; equal neighbours (empty sequences,
                 a filled tail) are allowed.
             tokens: the length of the stream, the last of cu_seqlens.
+
+        Raises:
+            TypeError, ValueError: an argument that is not as described.
+            RuntimeError: the values of cu_seqlens are not as described, by an assertion on their device.
         """
-        if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in _INTEGERS or cu_seqlens.numel() == 0:
-            raise ValueError(
-                "cu_seqlens must be an int32 or int64 tensor of shape (num_seqs + 1,), got "
-                f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}."
-            )
+        check_cu_seqlens("cu_seqlens", cu_seqlens)
+        tokens = whole("tokens", tokens, 0, _MOST)
         steps = cu_seqlens.diff()
         valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (steps >= 0).all()
         torch._assert_async(valid, f"cu_seqlens must rise from 0 to tokens={tokens} without falling.")
@@ -88,6 +94,19 @@ class Boundaries(NamedTuple):
             index = torch.searchsorted(cu_seqlens[1:].contiguous(), position_of, right=True)
             starts, ends = cu_seqlens[index], cu_seqlens[index + 1]
         return cls(*_from_spans(starts.int(), ends.int()))
+
+
+def check_cu_seqlens(name: str, cu_seqlens: object) -> None:
+    """Refuse what is not an integer tensor of one dimension, with the end of the last sequence at least."""
+    if (
+        not isinstance(cu_seqlens, Tensor)
+        or cu_seqlens.ndim != 1
+        or cu_seqlens.dtype not in INTEGERS
+        or cu_seqlens.numel() == 0
+    ):
+        raise ValueError(
+            f"{name} must be an integer tensor of shape (num_seqs + 1,), int32 or int64, got {described(cu_seqlens)}."
+        )
 
 
 def boundaries(position_ids: Tensor, attention_mask: Tensor | None = None) -> Boundaries:
@@ -111,8 +130,25 @@ def boundaries(position_ids: Tensor, attention_mask: Tensor | None = None) -> Bo
     >>> boundaries(torch.tensor([0, 1, 2, 0, 1])).cu_seqlens.tolist()
     [0, 3, 5, 5, 5, 5]
     """
-    if not isinstance(position_ids, Tensor) or position_ids.dtype not in _INTEGERS:
-        raise TypeError(f"position_ids must be an int32 or int64 tensor, got {_describe(position_ids)}.")
+    found = unchecked_boundaries(position_ids, attention_mask)
+    if attention_mask is not None:
+        torch._assert_async(*no_hole(found))
+    return found
+
+
+def no_hole(found: Boundaries) -> tuple[Tensor, str]:
+    """The condition that padding lies between sequences only, bool () on the device, and the message of its error."""
+    message = (
+        "attention_mask has a hole: padding inside a sequence whose positions continue after it. Such a mask is not "
+        "one span of keys per token; move the padding before or after the sequence."
+    )
+    return found.summary[2] == 0, message
+
+
+def unchecked_boundaries(position_ids: Tensor, attention_mask: Tensor | None = None) -> Boundaries:
+    """As `boundaries`, with `no_hole` left to the caller."""
+    if not isinstance(position_ids, Tensor) or position_ids.dtype not in INTEGERS:
+        raise TypeError(f"position_ids must be an int32 or int64 tensor, got {described(position_ids)}.")
     if position_ids.ndim == 1:
         position_ids = position_ids[None]
     if position_ids.ndim != 2:
@@ -123,7 +159,7 @@ def boundaries(position_ids: Tensor, attention_mask: Tensor | None = None) -> Bo
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor) or attention_mask.dtype not in _MASKS:
             raise TypeError(
-                f"attention_mask must be a bool, int32 or int64 tensor, got {_describe(attention_mask)}; convert it "
+                f"attention_mask must be a bool, int32 or int64 tensor, got {described(attention_mask)}; convert it "
                 "with `attention_mask.bool()`."
             )
         if attention_mask.ndim == 1:
@@ -140,16 +176,9 @@ def boundaries(position_ids: Tensor, attention_mask: Tensor | None = None) -> Bo
                 f"attention_mask must be on the device of position_ids, {position_ids.device}, got "
                 f"{attention_mask.device}."
             )
-    if position_ids.numel() >= 2**31:
+    if position_ids.numel() > _MOST:
         raise ValueError(f"position_ids must hold fewer than 2**31 tokens, got {position_ids.numel()}.")
-    found = Boundaries(*torch.ops.packattn.boundaries(position_ids, attention_mask))
-    if attention_mask is not None:
-        torch._assert_async(
-            found.summary[2] == 0,
-            "attention_mask has a hole: padding inside a sequence whose positions continue after it. Such a mask is "
-            "not one span of keys per token; move the padding before or after the sequence.",
-        )
-    return found
+    return Boundaries(*torch.ops.packattn.boundaries(position_ids, attention_mask))
 
 
 def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:
@@ -214,7 +243,3 @@ def _from_spans(begin: Tensor, end: Tensor, holes: Tensor | None = None) -> tupl
         ]
     )
     return begin, end, cu_seqlens, summary
-
-
-def _describe(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

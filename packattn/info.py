@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import packattn
 from packattn import ops
 from packattn.attention import default_backend
+from packattn.requirements import how_to_build, how_to_install, outside_tested
 
 RECORD = Path.home() / ".cache" / "packattn" / "selftest.json"
 
@@ -44,14 +46,26 @@ def record_pass() -> None:
     RECORD.write_text(json.dumps(recorded | {gpu_key(): date.today().isoformat()}, indent=1))
 
 
+def shadowed() -> list[Path]:
+    """Other copies of packattn that Python would import if this one did not come first: an installed one, under a
+    source checkout."""
+    here = Path(packattn.__file__).parent.resolve()
+    copies = [(Path(entry) / "packattn").resolve() for entry in sys.path]
+    return [copy for copy in dict.fromkeys(copies) if copy != here and (copy / "__init__.py").is_file()]
+
+
 def report() -> str:
     """The whole report as text."""
+    first = Path(packattn.__file__).parent.parent
+    moved = "; run Python in another folder to use that one" if first.resolve() == Path.cwd().resolve() else ""
+    others = [f"shadows {copy}: {first} comes first in sys.path{moved}" for copy in shadowed()]
     rows = [
-        ("packattn", packattn.__version__),
+        ("packattn", f"{packattn.__version__}, {Path(packattn.__file__).parent}"),
+        *(("", line) for line in others),
         ("python", platform.python_version()),
-        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})"),
-        ("triton", version_of("triton") or 'missing: no backend "triton"; pip install triton'),
-        ("transformers", version_of("transformers") or "missing: no patch, no verify; pip install packattn[hf]"),
+        ("torch", f"{_tested('torch', torch.__version__)} (CUDA {torch.version.cuda}, HIP {torch.version.hip})"),
+        ("triton", _version("triton", 'no backend "triton"; run `pip install triton`')),
+        ("transformers", _version("transformers", f"no patch, no verify; {how_to_install('transformers', 'hf')}")),
         ("packattn._C", _compiled("_C", ops.HAS_C)),
         ("packattn._C_cuda", _compiled("_C_cuda", ops.HAS_C_CUDA)),
         ("backend on cpu", default_backend(torch.device("cpu"), torch.float32)),
@@ -62,19 +76,30 @@ def report() -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def _tested(name: str, version: str) -> str:
+    """The version, and whether it is outside of those tested."""
+    outside = outside_tested(name, version)
+    return f"{version}, {outside}" if outside else version
+
+
+def _version(name: str, without: str) -> str:
+    version = version_of(name)
+    return f"missing: {without}" if version is None else _tested(name, version)
+
+
 def _compiled(name: str, loaded: bool) -> str:
     if loaded:
         return "built"
     if name == "_C":
         return (
             "not built: attention on the CPU runs in plain torch, several times slower, and boundaries take several "
-            "passes; install a C++ compiler and run `pip install --no-build-isolation .`"
+            f"passes; {how_to_build('a C++ compiler')}"
         )
     if torch.version.cuda is None:
         return "not built, and not needed: this torch has no CUDA"
     return (
         "not built: on a GPU the boundaries are found in plain torch, a dozen small launches a forward instead of two; "
-        f"install nvcc {torch.version.cuda} and run `pip install --no-build-isolation .`"
+        + how_to_build(f"nvcc {torch.version.cuda}")
     )
 
 

@@ -1,11 +1,13 @@
 """PackedMask: what each token of a packed stream may see, as one contiguous span of keys per query."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from packattn.arguments import INTEGERS, described, whole
 from packattn.boundaries import Boundaries
 from packattn.errors import UnsupportedMaskError
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LARGEST_DENSE = 16_384
+_MOST = 2**31 - 1  # what int32 holds: a window or chunk beyond is as wide as any stream
+_BLOCKS = (torch.int8, torch.int16, *INTEGERS)
 
 
 class LaunchOrder(NamedTuple):
@@ -67,8 +71,12 @@ class PackedMask(NamedTuple):
 
         Args:
             window: tokens visible, the token itself included: `i - window + 1 <= j`. None: all.
-            blocks: int (tokens,): runs of equal values >= 0 within a sequence see each other in both directions (the
-                prefix of a prefix-LM, the tokens of an image); negative values are causal.
+            blocks: signed int (tokens,): runs of equal values >= 0 within a sequence see each other in both directions
+                (the prefix of a prefix-LM, the tokens of an image); negative values are causal.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit, named.
+            UnsupportedMaskError: blocks are not such a tensor.
 
         >>> PackedMask.causal(lengths=[2, 3]).k_start.tolist()
         [0, 0, 2, 2, 2]
@@ -77,7 +85,8 @@ class PackedMask(NamedTuple):
         index = _index(found)
         start, end = found.seq_start, index + 1
         if window is not None:
-            start = torch.maximum(start, index - (_at_least(window, 1, "window") - 1))
+            # By the distance to the start, which no window makes overflow.
+            start = index - (index - start).clamp(max=min(whole("window", window, 1), _MOST) - 1)
         if blocks is not None:
             end = torch.maximum(end, _block_ends(found, index, blocks))
         return cls._within(found, start, end)
@@ -101,8 +110,9 @@ class PackedMask(NamedTuple):
         index = _index(found)
         start, end = found.seq_start, found.seq_end
         if window is not None:
-            _at_least(window, 0, "window")
-            start, end = torch.maximum(start, index - window), torch.minimum(end, index + window + 1)
+            reach = min(whole("window", window, 0), _MOST - 1)
+            start = index - (index - start).clamp(max=reach)
+            end = index + (end - index).clamp(max=reach + 1)
         return cls._within(found, start, end)
 
     @classmethod
@@ -111,14 +121,19 @@ class PackedMask(NamedTuple):
 
         Args:
             position_ids: int32 or int64, as many elements as the stream has tokens.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit, named.
         """
-        index = _index(boundaries)
-        if position_ids.numel() != index.numel():
+        index = _index(_checked(boundaries))
+        if not isinstance(position_ids, Tensor) or position_ids.dtype not in INTEGERS:
+            raise TypeError(f"position_ids must be an int32 or int64 tensor, got {described(position_ids)}.")
+        if position_ids.numel() != index.numel() or position_ids.device != index.device:
             raise ValueError(
-                f"position_ids must hold one position for each of the {index.numel()} tokens, got "
-                f"{tuple(position_ids.shape)}."
+                f"position_ids must hold one position for each of the {index.numel()} tokens, on {index.device}, got "
+                f"{described(position_ids)}."
             )
-        inside = position_ids.reshape(-1) % _at_least(chunk_size, 1, "chunk_size")
+        inside = position_ids.reshape(-1) % min(whole("chunk_size", chunk_size, 1), _MOST)
         return cls._within(boundaries, torch.maximum(boundaries.seq_start, index - inside.int()), index + 1)
 
     @classmethod
@@ -129,13 +144,17 @@ class PackedMask(NamedTuple):
             k_start, k_end: int32 (tokens,): `0 <= k_start <= k_end <= tokens_k`, neither ever decreasing. These are
                 checked by an assertion on the device.
             tokens_k: number of keys.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit, named.
+            RuntimeError: the values of the spans are not as described, by an assertion on their device.
         """
+        tokens_k = whole("tokens_k", tokens_k, 0, _MOST)
         for name, span in (("k_start", k_start), ("k_end", k_end)):
-            if span.dtype != torch.int32 or span.ndim != 1 or span.shape != k_start.shape:
-                raise ValueError(
-                    f"{name} must be int32 of shape (tokens,) = {tuple(k_start.shape)}, got {span.dtype} "
-                    f"{tuple(span.shape)}."
-                )
+            if not isinstance(span, Tensor) or span.dtype != torch.int32 or span.ndim != 1:
+                raise ValueError(f"{name} must be an int32 tensor of shape (tokens,), got {described(span)}.")
+            if span.shape != k_start.shape or span.device != k_start.device:
+                raise ValueError(f"{name} must be as k_start, {described(k_start)}, got {described(span)}.")
         valid = (
             (k_start >= 0).all()
             & (k_start <= k_end).all()
@@ -193,11 +212,25 @@ class PackedMask(NamedTuple):
         keys = torch.arange(self.tokens_k, device=self.k_start.device)
         return (self.k_start[:, None] <= keys) & (keys < self.k_end[:, None])
 
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the mask, queries down and keys across, one colour per key sequence; returns the matplotlib axes."""
+    def plot(self, path: str | os.PathLike[str] | None = None, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw the mask, queries down and keys across, one colour per key sequence; write the picture to `path` where
+        it is given.
+
+        Args:
+            path: a file; its ending says the format.
+            ax: matplotlib axes to draw on; None: a figure of its own.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            TypeError: path or ax is something else.
+            ValueError: more than 16,384 queries or keys.
+        """
         from packattn.plot import plot_mask
 
-        return plot_mask(self, ax)
+        return plot_mask(self, path, ax)
 
     def __repr__(self) -> str:
         sizes = f"queries={self.tokens}, keys={self.tokens_k}"
@@ -226,12 +259,7 @@ def _one_source(
             f"{', '.join(given) or 'none'}{'' if tokens is None else ' and tokens'}."
         )
     if boundaries is not None:
-        if not isinstance(boundaries, Boundaries):
-            raise TypeError(
-                f"boundaries must be what packattn.boundaries returns, got {type(boundaries).__name__}; lengths and "
-                "cu_seqlens are given by name."
-            )
-        return boundaries
+        return _checked(boundaries)
     if lengths is not None:
         return Boundaries.from_lengths(lengths)
     assert cu_seqlens is not None
@@ -239,14 +267,17 @@ def _one_source(
     return Boundaries.from_cu_seqlens(cu_seqlens, tokens)
 
 
+def _checked(boundaries: object) -> Boundaries:
+    if not isinstance(boundaries, Boundaries):
+        raise TypeError(
+            f"boundaries must be what packattn.boundaries returns, got {described(boundaries)}; lengths and cu_seqlens "
+            "are given by name."
+        )
+    return boundaries
+
+
 def _index(boundaries: Boundaries) -> Tensor:
     return torch.arange(boundaries.seq_start.numel(), dtype=torch.int32, device=boundaries.seq_start.device)
-
-
-def _at_least(value: int, least: int, name: str) -> int:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    return value
 
 
 def block_starts(boundaries: Boundaries, index: Tensor, blocks: Tensor) -> Tensor:
@@ -258,9 +289,15 @@ def block_starts(boundaries: Boundaries, index: Tensor, blocks: Tensor) -> Tenso
 
 def _block_ends(boundaries: Boundaries, index: Tensor, blocks: Tensor) -> Tensor:
     """One past the last token of each token's bidirectional block, 0 for causal tokens: int32 (tokens,)."""
-    if blocks.shape != index.shape or blocks.dtype.is_floating_point:
+    if (
+        not isinstance(blocks, Tensor)
+        or blocks.dtype not in _BLOCKS
+        or blocks.shape != index.shape
+        or blocks.device != index.device
+    ):
         raise UnsupportedMaskError(
-            f"blocks must be an int tensor of shape ({index.numel()},), got {blocks.dtype} {tuple(blocks.shape)}."
+            f"blocks must be an int tensor of shape ({index.numel()},) on {index.device}, signed, since tokens of no "
+            f"block are negative (of a bool mask: torch.where(mask, 0, -1)), got {described(blocks)}."
         )
     changes = block_starts(boundaries, index, blocks)
     ends = torch.where(changes, index, index.numel()).roll(-1)

@@ -1,7 +1,8 @@
 """One suite for every backend: `TRITON_INTERPRET=1 pytest` runs the tests of the `backend` fixture through Triton.
 
 The interpreter has to be chosen before triton is imported, and the PTX emulator needs the compiler instead, so there
-are two runs; `make test` makes both. With a GPU the plain run takes the Triton backend on it as well.
+are two runs; `make test` makes both, without what is marked slow. With a GPU the plain run takes the Triton backend on
+it as well.
 """
 
 import os
@@ -26,6 +27,13 @@ else:
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend,device", BACKENDS, ids=["-".join(b) for b in BACKENDS])
+
+
+def pytest_ignore_collect(collection_path):
+    """In the interpreter, files without a test of the backends are not even imported."""
+    if INTERPRETING and collection_path.match("test_*.py") and "backend, device" not in collection_path.read_text():
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 COMPILER = "aarch64-linux-gnu-g++"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} on the PATH")
 def test_the_extension_compiles_and_wants_only_what_torch_and_python_offer(tmp_path, monkeypatch):
     from distutils.core import run_setup

@@ -1,14 +1,18 @@
 """What decides whether the main job passes, and how it batches."""
 
 import re
+from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks.demo.acts import padded_factor
+from benchmarks.demo.acts import acts, padded_factor, small_llama
 from benchmarks.demo.approaches import APPROACHES, NAIVE, OFFLINE, ONLINE, PADDING, UNPATCHED, first_fit, minibatches
 from benchmarks.demo.checks import Checks
+from benchmarks.demo.training import train
 from packattn.hf.verify import VerifyReport
 
 EXAMPLES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
@@ -51,3 +55,23 @@ def test_batches_hold_every_example_once():
     padded = PADDING.collate(EXAMPLES)
     assert padded["labels"].tolist() == [[1, 2, 3, -100], [4, 5, -100, -100], [6, 7, 8, 9]]
     assert "position_ids" not in NAIVE.collate(EXAMPLES)
+
+
+def test_no_batch_of_the_large_model_is_larger_than_the_stated_memory_takes():
+    finetune, _ = acts(torch.device("cpu"), 1.0)
+    assert finetune.checkpointed
+    assert max(finetune.minibatch * finetune.longest, finetune.capacity) <= 2048
+
+
+def test_a_checkpointed_run_takes_the_steps_of_another_and_every_example_once():
+    _, act = acts(torch.device("cpu"), 1.0)
+    texts = [list(range(5, 5 + length)) for length in (3, 9, 4, 20, 7, 11)]
+    act = replace(
+        act, model=partial(small_llama, hidden=64, layers=1), texts=lambda: texts, examples=4, held_out=2, minibatch=2,
+        evaluations=1,
+    )  # fmt: skip
+    plain, checkpointed = (train(replace(act, checkpointed=on), ONLINE) for on in (False, True))
+    assert checkpointed.step_losses == pytest.approx(plain.step_losses, rel=1e-3)
+    assert checkpointed.steps == 2
+    assert checkpointed.real_tokens == checkpointed.computed_tokens == sum(map(len, act.data()[0]))
+    assert checkpointed.curve[-1].loss < checkpointed.curve[0].loss

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import packattn
 from packattn import PackedMask
+from packattn.hf.running import RUNNING
 from packattn.hf.tiny import shrink
 
 IDS = torch.ones(2, 6, dtype=torch.long)
@@ -77,7 +78,7 @@ def test_law_3_packing_over_a_cache_raises(cache):
         else:
             given = DynamicCache(config=model.config)
             model(input_ids=IDS[:1], past_key_values=given)
-        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
+        with pytest.raises(ValueError, match="position_ids restart in a forward over a cache"):
             model(**inputs, past_key_values=given)
         # An empty cache that grows holds nothing yet: the row is packed.
         with_cache = model(**inputs, past_key_values=DynamicCache(config=model.config)).logits
@@ -94,7 +95,7 @@ def test_law_3_a_cache_filled_by_a_packed_forward_cannot_be_continued(given, com
         call = torch.compile(model, backend="eager") if compiled else model
         extra = {"past_key_values": DynamicCache(config=model.config)} if given else {"use_cache": True}
         cache = call(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **extra).past_key_values
-        with pytest.raises(RuntimeError, match="the cache comes from a packed forward"):
+        with pytest.raises(ValueError, match="the cache comes from a packed forward"):
             call(input_ids=one_more, past_key_values=cache)
         whole = call(input_ids=batch["input_ids"], use_cache=True).past_key_values
         found = call(input_ids=one_more, past_key_values=whole).logits
@@ -107,31 +108,44 @@ def small(name):
     return make(name)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("of", ["model", "base_model"])
 @pytest.mark.parametrize("name", ["llama", "bert", "bamba", "mamba", "bloom"])
-def test_law_3_a_forward_past_the_hooks_raises(name, compiled):
+def test_law_1_a_forward_past_the_hooks_goes_through_them(name, of):
+    model, batch = small(name), packed_row(name)
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    part = model if of == "model" else model.base_model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # by rows
+        with torch.no_grad(), packattn.patch(model):
+            expected, found = part(**given)[0], part.forward(**given)[0]
+            assert torch.equal(found, expected)
+            assert RUNNING.get() is None
+    assert "forward" not in vars(part)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "bamba", "mamba", "bloom"])
+def test_law_3_a_compiled_forward_past_the_hooks_raises(name):
     torch._dynamo.reset()
     model = small(name)
     batch = packed_row(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # by rows
         packattn.patch(model)
-    forward = model.base_model.forward
-    forward = torch.compile(forward, backend="eager") if compiled else forward
+    spans = name in ("llama", "bert")  # as one graph: where a graph breaks, the rest runs through the hooks
+    forward = torch.compile(model.base_model.forward, backend="eager", fullgraph=spans)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"runs past the hooks of packattn\.patch"):
         forward(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["mamba", "bloom"])
-def test_law_3_a_forward_that_would_lose_its_positions_raises(name, compiled):
+def test_law_3_a_compiled_forward_that_would_lose_its_positions_raises(name):
     # The heads of these models do not hand position_ids on: only the hooks do.
     torch._dynamo.reset()
     model, batch = small(name), packed_row(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # by rows
         packattn.patch(model)
-    forward = torch.compile(model.forward, backend="eager") if compiled else model.forward
+    forward = torch.compile(model.forward, backend="eager")
     with torch.no_grad():
         forward(input_ids=batch["input_ids"])
         with pytest.raises(RuntimeError, match=r"runs past the hooks of packattn\.patch"):
@@ -144,7 +158,7 @@ def test_law_3_a_compiled_forward_past_the_hooks_over_a_static_cache_raises():
     given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     with packattn.patch(model), torch.no_grad():
         forward = torch.compile(model.model.forward, backend="eager")
-        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
+        with pytest.raises(ValueError, match="position_ids restart in a forward over a cache"):
             forward(**given, past_key_values=StaticCache(config=model.config, max_cache_len=64))
 
 
@@ -164,7 +178,7 @@ def test_positions_begin_where_they_do_whether_the_weights_are_here_or_not(name)
 
 def test_law_3_positions_below_the_first_of_the_model_raise():
     model, batch = make("roberta"), packed_row("llama")
-    with packattn.patch(model), pytest.raises(RuntimeError, match=r"PackingCollator\(start_position=2\)"):
+    with packattn.patch(model), pytest.raises(ValueError, match=r"PackingCollator\(start_position=2\)"):
         model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
 
 
@@ -230,7 +244,7 @@ def test_law_3_a_layer_taken_out_afterwards_is_named():
 def test_law_3_sequences_numbered_in_the_attention_mask_raise():
     model, batch = make("llama"), packed_row("llama", [7, 5])
     numbered = torch.tensor([[1] * 7 + [2] * 5])
-    with packattn.patch(model), pytest.raises(RuntimeError, match="attention_mask holds values other than 0 and 1"):
+    with packattn.patch(model), pytest.raises(ValueError, match="attention_mask holds values other than 0 and 1"):
         model(input_ids=batch["input_ids"], attention_mask=numbered)
 
 

@@ -1,6 +1,7 @@
 """A patched model in the hands of other libraries: each the real one, each against the examples run alone."""
 
 import copy
+import math
 import os
 import pickle
 import subprocess
@@ -136,6 +137,28 @@ def test_trl_sft_trainer_gives_the_loss_of_the_unpacked_run(tmp_path, how):
     assert losses[0] == pytest.approx(expected, abs=2e-5)
 
 
+def test_trl_dpo_trainer_says_how_its_reference_model_is_patched(tmp_path):
+    trl = pytest.importorskip("trl", reason="pip install 'packattn[integrations]'")
+    datasets = pytest.importorskip("datasets")
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    make("llama").save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), pad_token="0", eos_token="2")
+    pairs = [{"prompt": "5 6", "chosen": "7 8 9", "rejected": "10"}, {"prompt": "5", "chosen": "9", "rejected": "8 8"}]
+    options = trl.DPOConfig(**arguments(tmp_path, max_steps=1, logging_steps=1), bf16=False)
+    with packattn.patch(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = datasets.Dataset.from_list(pairs)
+        trainer = trl.DPOTrainer(model, args=options, train_dataset=data, processing_class=tokenizer)
+        with pytest.raises(RuntimeError, match=r"a reference model.*packattn\.patch\(trainer\.ref_model\)"):
+            trainer.train()
+        packattn.patch(trainer.ref_model)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] == pytest.approx(math.log(2), abs=1e-4)  # of a policy that is its reference still
+
+
 def _tokenizer():
     from tokenizers import Tokenizer, models
 
@@ -219,6 +242,7 @@ with packattn.patch(model):
 """
 
 
+@pytest.mark.slow
 def test_liger_kernels_around_packed_attention():
     pytest.importorskip("liger_kernel", reason="pip install 'packattn[heavy]'")
     # Without a GPU its kernels run in Triton's interpreter: those that the interpreter can run.
@@ -297,7 +321,7 @@ def test_attn_implementation_packattn_raises_until_the_model_is_patched(tmp_path
     expected = alone(model, batch)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="packattn")
-    with pytest.raises(RuntimeError, match=r"Call packattn\.patch\(model\)"):
+    with pytest.raises(RuntimeError, match=r"Call packattn\.patch\(model\) on this very model"):
         loaded(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
     with packattn.patch(loaded):
         assert_close(loaded(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, expected)
@@ -360,7 +384,10 @@ def _gradients(*hows):
     return [[gradient.numpy() for gradient in _gradient_on_rank(how, rank, world)] for how in hows]
 
 
-@pytest.mark.parametrize(("world", "hows"), [(2, ["ddp", "fsdp2", "fsdp2 hybrid"]), (4, ["ddp", "fsdp2"])])
+@pytest.mark.parametrize(
+    ("world", "hows"),
+    [(2, ["ddp", "fsdp2", "fsdp2 hybrid"]), pytest.param(4, ["ddp", "fsdp2"], marks=pytest.mark.slow)],
+)
 def test_ranks_together_take_the_gradient_of_the_examples_alone(world, hows):
     found = on_ranks(world, _gradients, *hows)
     for how, gradients in zip(hows, found, strict=True):

@@ -146,7 +146,7 @@ def test_what_a_user_vouches_for_runs_on_packed_rows():
         assert made.how == "spans"
         assert not said
         assert_close(model(**given(batch)).logits, expected)
-    with pytest.raises(RuntimeError, match="labels have the last token of a sequence predict"):
+    with pytest.raises(ValueError, match="labels have the last token of a sequence predict"):
         model(**given(batch), labels=batch["input_ids"])
     with pytest.raises(TypeError, match=r"trusted must be a list of classes, such as \[MyLayer\]"):
         packattn.patch(make("llama"), trusted=["Scale"])
@@ -186,7 +186,7 @@ def test_a_class_that_inherits_its_forward_is_the_one_it_inherits_from():
     assert packattn.patch(of_kind(OwnNamed)).how == "spans"
     model, batch = of_kind(Own), packed_row("llama")
     packattn.patch(model)
-    with pytest.raises(RuntimeError, match="labels have the last token of a sequence predict"):
+    with pytest.raises(ValueError, match="labels have the last token of a sequence predict"):
         model(**given(batch), labels=batch["input_ids"])
     model = make("llama")
     model.model.layers[0].mlp = OwnNorm(CONFIG)
@@ -367,7 +367,7 @@ def test_labels_of_the_second_sequence_are_seen_behind_padding():
     call = {"input_ids": ids, "position_ids": positions, "attention_mask": real}
     labels = ids.where(real == 1, -100)
     with packattn.patch(model):
-        with pytest.raises(RuntimeError, match="labels have the last token of a sequence predict"):
+        with pytest.raises(ValueError, match="labels have the last token of a sequence predict"):
             model(**call, labels=labels)
         model(**call, labels=labels.index_fill(1, torch.tensor(5), -100))
         left = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])

@@ -137,7 +137,7 @@ def test_law_3_a_block_in_two_runs_raises():
         function = build.or_masks(build.causal_mask_function, build.blockwise_overlay(blocks))
         call = {"q_length": 11, "mask_function": function, "attention_mask": carried}
         if fails:
-            with pytest.raises(RuntimeError, match="two runs of tokens of one bidirectional block"):
+            with pytest.raises(ValueError, match="two runs of one bidirectional block"):
                 masks.packed_mask(**call)
         else:
             assert torch.equal(masks.packed_mask(**call).to_dense(), dense(function))

@@ -119,9 +119,14 @@ def _deepspeed(stage, name):
 
 def _all_deepspeed(*runs):
     os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.comm.torch
+
+    # Reductions in shared memory, C++ that would be compiled here for minutes; without it gloo makes them.
+    deepspeed.comm.torch.build_shm_op = lambda: None
     return [_deepspeed(*run) for run in runs]
 
 
+@pytest.mark.slow
 def test_deepspeed_takes_the_steps_of_the_examples_alone_or_refuses():
     pytest.importorskip("deepspeed", reason="pip install 'packattn[heavy]'")
     *stepped, refused = on_ranks(2, _all_deepspeed, (1, "llama"), (3, "llama"), (3, "bamba"))

@@ -12,6 +12,7 @@ import packattn
 from benchmarks.architectures import PRETRAINED, build, examine, verdict
 from benchmarks.demo.assets import CACHE
 
+pytestmark = pytest.mark.slow
 STYLES = ("default", "padded tail")
 FOLDERS = {name: "all-MiniLM-L6-v2" if "MiniLM" in name else "SmolLM2-135M-Instruct" for name in PRETRAINED}
 

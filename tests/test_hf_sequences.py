@@ -58,19 +58,19 @@ def test_law_3_given_sequences_that_positions_deny_raise(given):
     with packattn.patch(model):
         model(input_ids=ids, position_ids=batch["position_ids"], **EXPLICIT[given])
         for position_ids in cases.values():
-            with pytest.raises(RuntimeError, match="begin other sequences than position_ids"):
+            with pytest.raises(ValueError, match="begin other sequences than position_ids"):
                 model(input_ids=ids, position_ids=position_ids, **EXPLICIT[given])
 
 
 def test_law_3_two_ways_of_giving_sequences_must_agree():
     model, ids = make("llama"), packed_row("llama")["input_ids"]
-    with packattn.patch(model), pytest.raises(RuntimeError, match="cu_seq_lens_q and seq_idx say different sequences"):
+    with packattn.patch(model), pytest.raises(ValueError, match="cu_seq_lens_q and seq_idx say different sequences"):
         model(input_ids=ids, seq_idx=SEQ_IDX, cu_seq_lens_q=torch.tensor([0, 8, ids.shape[1]]))
 
 
 def test_law_3_a_sequence_over_two_rows_raises():
     model, ids = make("llama"), torch.ones(2, 6, dtype=torch.long)
-    with packattn.patch(model), pytest.raises(RuntimeError, match="goes on from one row into the next"):
+    with packattn.patch(model), pytest.raises(ValueError, match="goes on from one row into the next"):
         model(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 4, 8, 12]))
 
 
@@ -196,6 +196,32 @@ def test_law_1_classification_takes_one_label_a_sequence(name):
         assert one is None or (one - other).norm() <= 1e-4 * other.norm() + 1e-7
 
 
+@pytest.mark.parametrize(("name", "compiled"), [("llama", False), ("llama", True), ("gpt2", False), ("jamba", False)])
+def test_law_1_a_classifier_without_a_padding_token_takes_the_last_token_by_length(name, compiled):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = shrink(CONFIG_MAPPING[name])
+    config.pad_token_id = None
+    model, lengths, batch = (
+        AutoModelForSequenceClassification.from_config(config).eval(),
+        [7, 3, 7],
+        packed_row("llama", [7, 3, 7]),
+    )
+    ids = batch["input_ids"]
+    ids[0, [6, 9, 16]] = torch.tensor([0, 1, 3])  # none of these can stand for padding
+    given = {"input_ids": ids, "position_ids": batch["position_ids"]}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # by rows
+        rows = torch.cat([model(input_ids=ids[:, s]).logits for s in spans(lengths)])
+        with packattn.patch(model):
+            call = torch.compile(model, backend="eager") if compiled else model
+            assert_close(call(**given).logits, rows)
+            assert model.config.pad_token_id is None
+            with pytest.raises(ValueError, match=r"one label for each"):
+                call(**given, labels=ids)
+            assert model.config.pad_token_id is None
+
+
 # M-RoPE: three planes of positions, or four with those of the text before them.
 
 
@@ -240,7 +266,7 @@ def test_law_1_planes_in_a_compiled_model(qwen2_vl):
 
 def test_law_3_planes_that_differ_say_no_boundaries(qwen2_vl):
     batch = packed_row("llama")
-    with packattn.patch(qwen2_vl), pytest.raises(RuntimeError, match=r"planes .* that differ.*Say it by seq_idx"):
+    with packattn.patch(qwen2_vl), pytest.raises(ValueError, match=r"planes .* that differ.*Say it by seq_idx"):
         qwen2_vl(input_ids=batch["input_ids"], position_ids=with_an_image(batch["position_ids"]))
 
 
@@ -258,7 +284,7 @@ def test_law_3_planes_that_restart_over_a_static_cache_raise(qwen2_vl, form):
 
     second = spans()[1]  # with the image in it
     with packattn.patch(qwen2_vl), torch.no_grad():
-        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
+        with pytest.raises(ValueError, match="position_ids restart in a forward over a cache"):
             over_a_cache(ids, planes)
         one = {"input_ids": ids[:, second], "position_ids": planes[:, :, second], "use_cache": False}
         assert_close(
@@ -271,7 +297,7 @@ def test_planes_without_a_text_plane_are_not_taken_for_one():
     # A model that takes three planes only would read the text's positions as those of time.
     model, batch = make("llama"), packed_row("llama")
     planes = torch.cat([batch["position_ids"][None], with_an_image(batch["position_ids"])])
-    with packattn.patch(model), pytest.raises(RuntimeError, match=r"planes .* that differ"):
+    with packattn.patch(model), pytest.raises(ValueError, match=r"planes .* that differ"):
         model(input_ids=batch["input_ids"], position_ids=planes)
 
 

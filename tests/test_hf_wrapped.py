@@ -167,7 +167,7 @@ def test_law_3_a_packed_prompt_is_not_generated_from_with_a_cache(name):
     last = batch["input_ids"][:, spans()[-1]]
     expected = model.generate(last, max_new_tokens=3, do_sample=False, eos_token_id=None)[:, -3:]
     with packattn.patch(model):
-        with pytest.raises(RuntimeError, match="the cache comes from a packed forward"):
+        with pytest.raises(ValueError, match="the cache comes from a packed forward"):
             model.generate(batch["input_ids"], **given)
         assert torch.equal(model.generate(batch["input_ids"], **given, use_cache=False)[:, -3:], expected)
 

@@ -1,8 +1,10 @@
 """The laws of docs/design.md, each on every backend it concerns."""
 
+import functools
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -46,7 +48,7 @@ def test_law_1_packed_equals_alone(case, backend, device, dtypes):
     for dtype in dtypes:
         check_accuracy(case, backend, dtype, device)
         truth, naive = truth_and_naive(case, dtype, device)
-        terms = cancelling_terms(case, dtype, device)
+        terms = cancelling_terms(case, dtype, device, scores_round_alike=backend != "triton")
         found = alone(backend, case, case.tensors(dtype, device), device)
         for name in truth:
             assert_accurate(f"{name} in {dtype}", found[name], truth[name], naive[name], terms.get(name, 0.0))
@@ -216,6 +218,25 @@ def test_law_7_what_32_bit_offsets_do_not_reach_is_refused(monkeypatch):
         launch._check(many, few, few)
 
 
+def test_law_7_a_gradient_that_32_bit_offsets_do_not_reach_is_copied(monkeypatch):
+    from packattn.kernels import launch
+
+    strides = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: strides.append(kwargs.get("stride_dot", args[6] if args else None))
+
+    for name in ("_bwd_delta_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel"):
+        monkeypatch.setattr(launch, name, Recorded())
+    monkeypatch.setattr(launch, "isinstance", lambda *_: False, raising=False)  # as in the interpreter
+    x, rows = torch.zeros(2, 2, 16), torch.zeros(2, 2)
+    far = torch.empty(2**24 + 32).as_strided((2, 2, 16), (2**24, 16, 1))
+    spans = PackedMask.causal(lengths=[2])[:4]
+    launch.backward(far, None, x, x, x, x, rows, rows.expand(2, 2, 2), *spans, None, *(None,) * 4, 1.0, 0.0, 0.0)
+    assert strides == [32] * 3
+
+
 def test_law_8_a_named_backend_never_falls_back(monkeypatch):
     q = torch.zeros(4, 2, 16, dtype=torch.float64)
     mask = PackedMask.causal(lengths=[4])
@@ -242,19 +263,30 @@ BAD = [
     ({"k": torch.zeros(6, 2, 8)}, ValueError, r"k must have shape \(tokens_k, heads_k, head_dim=16\)"),
     ({"v": torch.zeros(5, 2, 16)}, ValueError, r"v must have shape \(6, 2, head_dim_v\)"),
     ({"v": torch.zeros(6, 2, 16, device="meta")}, ValueError, "v must be on the device of q, cpu, got meta"),
-    ({"mask": torch.ones(6, 6)}, TypeError, "mask must be a packattn.PackedMask, got Tensor; make one with"),
+    ({"mask": torch.ones(6, 6)}, TypeError, "mask must be a packattn.PackedMask, got torch.float32 .*; make one with"),
     ({"mask": PackedMask.causal(lengths=[4])}, ValueError, "mask must be of 6 queries and 6 keys"),
     ({"q": torch.zeros(6, 0, 16)}, ValueError, r"heads and head_dim must be at least 1, got q \(6, 0, 16\)"),
-    ({"softmax_scale": 0.0}, ValueError, "softmax_scale must be positive, or None for .*, got 0.0"),
-    ({"softmax_scale": math.inf}, ValueError, "softmax_scale must be positive, or None for .*, got inf"),
-    ({"softcap": -1.0}, ValueError, "softcap must be positive, or 0 for none, got -1.0"),
-    ({"softcap": math.nan}, ValueError, "softcap must be positive, or 0 for none, got nan"),
-    ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, got 1.0"),
+    ({"softmax_scale": 0.0}, ValueError, "softmax_scale must be from 8.67361738e-19 to 1.152921505e.18, got 0.0"),
+    ({"softmax_scale": math.inf}, ValueError, "softmax_scale must be from .*, got inf"),
+    ({"softmax_scale": torch.tensor(0.1)}, TypeError, "softmax_scale must be a number, got torch.float32"),
+    ({"softcap": -1.0}, ValueError, "softcap must be from .*, or 0 for none, got -1.0"),
+    ({"softcap": math.nan}, ValueError, "softcap must be from .*, or 0 for none, got nan"),
+    ({"softcap": 1e39}, ValueError, "softcap must be from .*, or 0 for none, got 1e.39"),  # beyond float32
+    ({"softcap": 10**400}, ValueError, "softcap must be from .*, or 0 for none, got inf"),
+    ({"softcap": 1e-46}, ValueError, "softcap must be from .*, or 0 for none, got 1e-46"),
+    ({"softcap": True}, TypeError, "softcap must be a number, got bool True"),
+    ({"softcap": "30"}, TypeError, "softcap must be a number, got str 30"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p must be from 0 to 0.9999999998, got 1.0"),
+    ({"dropout_p": 1 - 2**-34}, ValueError, "dropout_p must be from 0 to .*, got 0.9999999999"),  # drops no word at all
+    ({"dropout_p": None}, TypeError, "dropout_p must be a number, got NoneType"),
+    ({"mask": PackedMask(*[[0] * 6] * 4)}, ValueError, "mask.k_start must be an int32 tensor of .*, got list"),
+    ({"mask": PackedMask(*[torch.arange(6)] * 4)}, ValueError, "mask.k_start must be an int32 .* got torch.int64"),
+    ({"sinks": [0.0] * 4}, ValueError, "sinks must be a floating-point tensor of .*, got list"),
     ({"sinks": torch.zeros(2)}, ValueError, r"sinks must be a floating-point tensor of shape \(4,\) on cpu"),
     (
         {"alibi_slopes": [0.5] * 4},
         ValueError,
-        r"alibi_slopes must be a tensor of shape \(4,\) or \(4, 6\) on cpu, got list",
+        r"alibi_slopes must be a floating-point tensor of shape \(4,\) or \(4, 6\) on cpu, got list",
     ),
     ({"alibi_slopes": torch.ones(4), "alibi_anchors": [0] * 6}, ValueError, "alibi_anchors must be int32 .*, got list"),
     ({"backend": "cuda"}, ValueError, "backend must be None or one of triton, cpu, torch, got 'cuda'"),
@@ -267,6 +299,39 @@ def test_law_10_bad_arguments_are_named_before_any_work(change, error, message, 
     arguments = good() | change
     with pytest.raises(error, match=message):
         packattn.packed_attention(**arguments)
+
+
+def test_numbers_are_those_of_numpy_too_and_as_large_as_stated(backend, device):
+    q, k, v, *_ = Case("", [20, 10], heads_q=2).tensors(torch.float32, device)
+    mask = Case("", [20, 10]).packed_mask(device)
+    attend = functools.partial(packattn.packed_attention, q, k, v, mask, backend=backend)
+    options = {"softmax_scale": np.float32(0.5), "softcap": np.int64(3), "dropout_p": np.float64(0)}
+    assert torch.equal(attend(**options), attend(softmax_scale=0.5, softcap=3.0))
+    torch.testing.assert_close(attend(softcap=2.0**60), attend(), rtol=1e-5, atol=1e-6)
+    for tiny in ({"softmax_scale": 2.0**-60}, {"softcap": 2.0**-60}, {"softcap": 2.0**-60, "softmax_scale": 2.0**60}):
+        torch.testing.assert_close(attend(**tiny)[7], v[:8].mean(0).repeat_interleave(2 // v.shape[1], 0))
+    assert (attend(dropout_p=1 - 2.0**-32) == 0).all()  # all but one in 2**32
+    assert torch.equal(attend(dropout_p=2.0**-34), attend())  # none
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"heads_q": 2.0}, TypeError, "heads_q must be an int, got float 2.0"),
+        ({"heads_k": 0}, ValueError, "heads_k must be an int of at least 1, got 0"),
+        ({"heads_k": 3}, ValueError, "heads_k must divide heads_q=4, got 3"),
+        ({"head_dim": True}, TypeError, "head_dim must be an int, got bool True"),
+        ({"head_dim_v": "64"}, TypeError, "head_dim_v must be an int, got str 64"),
+        ({"dtype": "bfloat16"}, TypeError, "dtype must be a torch.dtype, that of q, got str bfloat16"),
+    ],
+)
+def test_law_10_an_order_is_asked_for_in_whole_numbers(change, error, message):
+    mask, asked = PackedMask.causal(lengths=[4]), {"heads_q": 4, "heads_k": 2, "head_dim": 64, "dtype": torch.float16}
+    assert packattn.schedule(mask, **asked | {"heads_q": np.int64(4)}) is mask
+    with pytest.raises(error, match=message):
+        packattn.schedule(mask, **asked | change)
+    with pytest.raises(TypeError, match=r"mask must be a packattn\.PackedMask, got list"):
+        packattn.schedule([0, 4], **asked)
 
 
 def test_gradients_may_be_asked_for_in_another_thread(backend, device):

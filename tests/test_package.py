@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import packattn
+from packattn.requirements import TESTED
 
 ROOT = Path(packattn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -20,24 +21,26 @@ REPOSITORY = Path(__file__).parent.parent
 # Imports point downwards: what each part of the package may import of it.
 ALLOWED = {
     "errors": set(),
+    "arguments": set(),
+    "requirements": set(),
     "schemas": set(),
     "ops": {"schemas", "boundaries", "blocked", "kernels", "data"},
-    "boundaries": {"ops"},
-    "plot": {"mask"},
-    "mask": {"boundaries", "errors", "plot"},
+    "boundaries": {"arguments", "ops"},
+    "plot": {"mask", "requirements"},
+    "mask": {"arguments", "boundaries", "errors", "plot"},
     "dropout": set(),
     "reference": {"mask", "dropout"},
     "blocked": {"dropout", "ops"},
     "kernels": {"dropout"},
-    "attention": {"ops", "mask", "schemas", "kernels"},
-    "varlen": {"attention", "mask"},
-    "losses": {"boundaries"},
-    "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas"},
-    "data": {"ops"},
+    "attention": {"arguments", "ops", "mask", "schemas", "kernels", "requirements"},
+    "varlen": {"arguments", "attention", "boundaries", "mask"},
+    "losses": {"arguments", "boundaries"},
+    "hf": {"attention", "mask", "boundaries", "errors", "data", "schemas", "requirements"},
+    "data": {"arguments", "ops", "requirements"},
     "selftest": {"attention", "boundaries", "mask", "reference", "schemas", "ops"},
-    "info": {"attention", "ops", "schemas", "selftest"},
+    "info": {"attention", "ops", "schemas", "selftest", "requirements"},
     "__init__": {"losses", "attention", "varlen", "boundaries", "errors", "mask", "hf", "data"},
-    "__main__": {"info", "selftest", "attention", "errors", "ops", "data", "hf"},
+    "__main__": {"info", "selftest", "attention", "errors", "ops", "data", "hf", "requirements"},
 }
 
 
@@ -80,6 +83,43 @@ def test_importing_packattn_imports_neither_triton_nor_transformers():
     code = "import sys, packattn; print(*({'triton', 'transformers', 'matplotlib'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
+
+
+def test_without_transformers_what_needs_it_names_the_extra():
+    """In a new process: sys.modules of this one holds transformers."""
+    code = """
+import sys
+sys.modules["transformers"] = None
+import packattn
+packattn.PackingCollator, packattn.pack_dataset, packattn.packing_report
+for name in ("patch", "Patch", "verify"):
+    try:
+        getattr(packattn, name)
+    except ImportError as error:
+        print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = found.stdout.splitlines()
+    assert len(said) == 3
+    for line in said:
+        assert line.startswith("packattn.patch, as packattn.verify, needs transformers, of the extra packattn[hf]; ")
+        assert 'run `pip install "transformers>=' in line
+
+
+def test_no_text_sends_to_an_index_for_packattn_which_is_not_there():
+    """What is installed from its source names the extra in the folder of the source."""
+    for path in [*FILES, *REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]:
+        assert not re.search(r"pip install [\"']?packattn", path.read_text()), path
+
+
+def test_versions_are_said_alike_wherever_they_are_said():
+    readme, project, make = ((REPOSITORY / name).read_text() for name in ("README.md", "pyproject.toml", "Makefile"))
+    project = " ".join(project.replace("#", " ").split())
+    for name, (oldest, newest) in TESTED.items():
+        assert f"{name} {oldest} to {newest}" in readme
+        assert f"{name}>={oldest},<" in project
+        assert f"{name} {newest}" in project
+        assert name == "triton" or f'"{name}=={oldest}.0"' in make  # triton is what that torch brings
 
 
 def test_only_hf_imports_transformers():

@@ -1,5 +1,7 @@
 """Packers: nothing is lost, nothing overflows, C++ equals Python, plans survive the disk, bad input is named."""
 
+import dataclasses
+import pickle
 import random
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 import packattn
 from packattn import PackedMask
 from packattn.data import PackingPlan, fit, pack_histogram
-from packattn.data.fit import BestFit, Bin, Limits
+from packattn.data.fit import Bin, Limits
 from packattn.data.packing import lengths_tensor
 
 METHODS = ["mixed", "first-fit", "best-fit", "next-fit", "best-fit-decreasing"]
@@ -169,6 +171,56 @@ def test_a_saved_plan_is_the_same_plan_and_belongs_to_its_data(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["broken.pt", "plan.pt"]
 
 
+@pytest.mark.parametrize(
+    ("field", "damage", "message"),
+    [
+        ("examples", lambda t: t.scatter(0, torch.tensor(2), -1), "of 4 examples one has the number -1"),
+        ("examples", lambda t: t.scatter(0, torch.tensor(2), 4), "of 4 examples one has the number 4"),
+        ("examples", lambda t: t[0].expand(t.numel()).clone(), "example . is there 0 times"),
+        ("lengths", lambda t: t - 1, "piece . has no tokens|example . lacks tokens, or has some twice"),
+        ("lengths", lambda t: t + 60, "bin 0 holds more than the capacity of 64 tokens"),
+        ("lengths", lambda t: t[1:], "5 pieces have 4 lengths and 5 starts"),
+        ("offsets", lambda t: t.flip(0), "its offsets do not rise from 0 to the number of pieces"),
+        ("offsets", lambda t: t[:-1], "its offsets do not rise from 0 to the number of pieces"),
+        ("starts", lambda t: t * 2, "example 3 lacks tokens, or has some twice"),
+        ("starts", lambda t: t + 1, "no piece begins an example"),
+        ("starts", lambda t: None, "example 3 is there 2 times"),
+        ("starts", lambda t: t.float(), "its tensors are not int64 of one dimension"),
+        ("dropped", lambda t: torch.tensor([0]), "example 0 is there 2 times"),
+        ("dropped", lambda t: None, "its tensors are not int64 of one dimension"),
+        ("capacity", lambda c: "64", "its capacity is no int"),
+    ],
+)
+def test_a_damaged_plan_is_refused(field, damage, message, tmp_path):
+    plan = packattn.pack([7, 5, 64, 100], 64, overlong="split")
+    plan.check()
+    damaged = dataclasses.replace(plan, **{field: damage(getattr(plan, field))})
+    damaged.save(tmp_path / "plan.pt")
+    with pytest.raises(ValueError, match=f"plan.pt is a damaged packing plan: ({message})"):
+        PackingPlan.load(tmp_path / "plan.pt")
+    with pytest.raises(ValueError, match=f"the plan is damaged: ({message})"):
+        damaged.check(torch.tensor([7, 5, 64, 100]))
+
+
+def test_a_plan_whose_pieces_are_shorter_than_the_examples_is_refused():
+    plan = packattn.pack([7, 5], 64)
+    with pytest.raises(ValueError, match="the plan is damaged: its pieces have not the lengths of the examples"):
+        dataclasses.replace(plan, lengths=plan.lengths - 1).check(torch.tensor([7, 5]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"plan", b"PK\x03\x04 cut off", pickle.dumps({"format": 1}), pickle.dumps(print), 3, [1], {"format": 1}],
+)
+def test_a_file_that_is_no_plan_is_refused_by_its_name(content, tmp_path):
+    if isinstance(content, bytes):
+        (tmp_path / "plan.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "plan.pt")
+    with pytest.raises(ValueError, match=r"plan\.pt is not a packing plan of this version"):
+        PackingPlan.load(tmp_path / "plan.pt")
+
+
 def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     old = packattn.pack([1, 2, 3], 64)
     old.save(tmp_path / "plan.pt")
@@ -181,16 +233,6 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         packattn.pack([4, 5], 64).save(tmp_path / "plan.pt")
     assert contents(PackingPlan.load(tmp_path / "plan.pt")) == contents(old)
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_best_fit_goes_on_where_its_state_was_taken():
-    limits, lengths = Limits(64, 5, 1500), draw(7, Limits(64, 5, 1500))
-    whole, half = BestFit(limits, 6), BestFit(limits, 6)
-    expected = [whole.place(length) for length in lengths]
-    assert [half.place(length) for length in lengths[:150]] == expected[:150]
-    resumed = BestFit(limits, 6)
-    resumed.load_state_dict(half.state_dict())
-    assert [resumed.place(length) for length in lengths[150:]] == expected[150:]
 
 
 BAD = [

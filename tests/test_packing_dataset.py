@@ -1,9 +1,11 @@
-"""pack_dataset and PackedStream: every token once, the same rows from every kind of data, resumption bit by bit."""
+"""pack_dataset: every token once, the same rows from every kind of data."""
 
+import dataclasses
 import itertools
 import random
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import packattn
 from packattn import PackingCollator, pack_dataset
-from packattn.data import PackedDataset, PackedStream, PackingPlan, PackRows
+from packattn.data import PackedDataset, PackingPlan, PackRows, count_examples
 
 CAPACITY = 64
 
@@ -72,13 +74,13 @@ def test_packing_is_global_not_by_chunks_of_rows():
 
 
 def test_long_examples_are_split_or_dropped():
-    examples = [{"input_ids": list(range(150)), "labels": list(range(150))}, {"input_ids": [200], "labels": [200]}]
+    examples = [{"input_ids": list(range(150))}, {"input_ids": [200, 201]}]
     with pytest.raises(ValueError, match="example 0 has 150 tokens"):
         pack_dataset(examples, CAPACITY, progress=False)
     split = pack_dataset(datasets.Dataset.from_list(examples), CAPACITY, overlong="split", progress=False)
-    assert sorted(examples_of(split)) == [list(range(64)), list(range(64, 128)), list(range(128, 150)), [200]]
+    assert sorted(examples_of(split)) == [list(range(64)), list(range(64, 128)), list(range(128, 150)), [200, 201]]
     dropped = pack_dataset(examples, CAPACITY, overlong="drop", progress=False)
-    assert examples_of([dropped[0]]) == [[200]]
+    assert examples_of([dropped[0]]) == [[200, 201]]
     assert dropped.plan.dropped.tolist() == [0]
 
 
@@ -89,7 +91,7 @@ def test_a_plan_is_saved_reused_and_refused_for_other_data(tmp_path):
     assert as_lists(again) == as_lists(first[i] for i in range(len(first)))
     with pytest.raises(ValueError, match="the plan was made for other data"):
         pack_dataset(examples[::-1], CAPACITY, plan=path, progress=False)
-    with pytest.raises(ValueError, match="the plan has a capacity of 64, asked for is 128"):
+    with pytest.raises(ValueError, match="the plan was made with capacity=64, asked for is 128"):
         pack_dataset(examples, 128, plan=path, progress=False)
     with pytest.raises(ValueError, match="one length for each of 200 examples, got 199"):
         pack_dataset(examples, CAPACITY, lengths=[1] * 199, progress=False)
@@ -130,6 +132,7 @@ def ray_cluster():
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_rows_are_a_function_for_ray_data(tmp_path, ray_cluster):
     examples = make(100)
     datasets.Dataset.from_list(examples).save_to_disk(tmp_path / "data")
@@ -151,116 +154,152 @@ def test_packed_rows_train_through_the_collator_and_several_make_one():
     assert sorted(examples_of(rows)) == tokens_of(make())
 
 
+OTHER_COLUMNS = {
+    "text": "a b",
+    "length": 2,
+    "tokens": ["a", "b"],
+    "boxes": [[1, 2], [3, 4]],
+    "chat": [{"role": "user"}],
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [list, datasets.Dataset.from_list, lambda examples: dict(enumerate(examples)).values()]
+)
+def test_columns_that_hold_no_number_per_token_are_left_out_and_named(kind):
+    example = {"input_ids": [1, 2], "weight": [0.5, 1.0], "completion_mask": [1, 1]} | OTHER_COLUMNS
+    with pytest.warns(UserWarning, match="are not packed") as said:
+        rows = as_lists(pack_dataset(kind([example]), CAPACITY))
+    wanted = {"input_ids": [1, 2], "labels": [-100, 2], "position_ids": [0, 1]}
+    assert rows == [wanted | {"weight": [0.5, 1.0]}]
+    (message,) = {str(warning.message) for warning in said if "not packed" in str(warning.message)}
+    assert all(name in message for name in OTHER_COLUMNS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert as_lists(pack_dataset(kind([example]), CAPACITY, columns=[])) == [wanted]
+        assert as_lists(pack_dataset(kind([example]), CAPACITY, columns=["weight"])) == rows
+    for columns, error, match in [
+        (["text"], TypeError, "example 0, field 'text' must hold one number per token"),
+        (
+            ["height", "weight"],
+            ValueError,
+            "columns names height, which the data set has not; it has input_ids, weight",
+        ),
+        ("weight", TypeError, "columns must be a list of names, got the string 'weight'"),
+    ]:
+        with pytest.raises(error, match=match):
+            list(pack_dataset(kind([example]), CAPACITY, columns=columns))
+    with pytest.raises(ValueError, match="field 'weight' must hold one value for each of the 2 input_ids, got 1"):
+        list(pack_dataset(kind([{"input_ids": [1, 2], "weight": [0.5]}]), CAPACITY))
+
+
+def test_the_format_of_a_data_set_chooses_its_columns_and_its_transform_is_not_passed_over():
+    table = datasets.Dataset.from_list([{"input_ids": [1, 2], "weight": [0.5, 1.0]}])
+    for chosen in (table.with_format("torch", columns=["input_ids"]), table.select_columns("input_ids")):
+        assert "weight" not in pack_dataset(chosen, CAPACITY, progress=False).column_names
+    every = table.with_format("torch", columns=["input_ids"], output_all_columns=True)
+    assert "weight" in pack_dataset(every, CAPACITY, progress=False).column_names
+    with pytest.raises(ValueError, match="makes its examples by a transform"):
+        pack_dataset(table.with_transform(lambda batch: batch), CAPACITY, progress=False)
+
+
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+def test_rows_without_a_target_are_counted_and_said(kind):
+    masked = {"input_ids": [1] * 6, "labels": [1, 2, 3, 4, -100, -100]}
+    examples = [masked, {"input_ids": [1, 2], "labels": [5, -100]}, {"input_ids": [1], "labels": [5]}]
+    for options, wanted in [({}, "2 of 3"), ({"overlong": "split"}, "3 of 4")]:
+        with pytest.warns(UserWarning, match=f"{wanted} rows have no target"):
+            pack_dataset(kind(examples), 6 if not options else 4, max_per_bin=1, progress=False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pack_dataset(kind(examples[:1]), 6, progress=False)
+        collator = PackingCollator(keep_first_labels=True)
+        pack_dataset(kind(examples), 6, max_per_bin=1, collator=collator, progress=False)
+
+
+def test_tokens_and_targets_of_a_data_set_are_counted():
+    examples = [
+        {"input_ids": [1] * 6, "completion_mask": [0, 0, 1, 1, 1, 0], "text": "a"},
+        {"input_ids": [1], "completion_mask": [1], "text": "b"},
+        {"input_ids": [1] * 4, "completion_mask": [1] * 4, "text": "c"},
+    ]
+    table = datasets.Dataset.from_list(examples)
+    for data in (table, [{name: example[name] for name in ("input_ids", "completion_mask")} for example in examples]):
+        assert [part.tolist() for part in count_examples(data)] == [[6, 1, 4], [3, 0, 3]]
+        assert count_examples(data, mask_first=3).targets.tolist() == [2, 0, 1]
+    assert count_examples(table.remove_columns("completion_mask")).targets.tolist() == [5, 0, 3]
+    labelled = datasets.Dataset.from_list([{"input_ids": [1] * 4, "label": 0}, {"input_ids": [1], "label": 1}])
+    assert [part.tolist() for part in count_examples(labelled)] == [[4, 1], [1, 1]]
+    with pytest.raises(ValueError, match="makes its examples by a transform"):
+        count_examples(labelled.with_transform(lambda batch: batch))
+    rows = datasets.Dataset.from_list([{"input_ids": [1] * 4, "position_ids": [0, 1, 0, 1]}])
+    assert count_examples(rows).targets.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "message"),
+    [
+        ({}, {"max_per_bin": 1, "seed": 9}, "max_per_bin=None, asked for is 1; seed=0, asked for is 9"),
+        ({"method": "first-fit"}, {"method": "mixed"}, "method='first-fit', asked for is 'mixed'"),
+        ({"seed": 3}, {"seed": None}, "seed=3, asked for is None"),
+        ({"seed": 3}, {"seed": 0}, "seed=3, asked for is 0"),
+        ({"max_square": 9999}, {"max_square": 8888}, "max_square=9999, asked for is 8888"),
+        ({"overlong": "split"}, {"overlong": "error"}, "overlong='split', asked for is 'error'"),
+        ({"method": "best-fit"}, {"open_bins": 3}, "open_bins=64, asked for is 3"),
+    ],
+)
+def test_a_plan_made_with_other_arguments_is_refused(made, asked, message, tmp_path):
+    examples = make(20)
+    path, plan = tmp_path / "plan.pt", packattn.pack([len(e["input_ids"]) for e in examples], CAPACITY, **made)
+    plan.save(path)
+    for given in (plan, path):
+        for options in ({}, made):
+            assert list(pack_dataset(examples, CAPACITY, plan=given, progress=False, **options).plan) == list(plan)
+        with pytest.raises(ValueError, match=f"the plan was made with {message}"):
+            pack_dataset(examples, CAPACITY, plan=given, progress=False, **asked)
+    with pytest.raises(TypeError, match="plan must be a PackingPlan or the path of its file, got list"):
+        pack_dataset(examples, CAPACITY, plan=[[0]], progress=False)
+
+
+def test_a_damaged_plan_is_refused_wherever_it_is_taken(tmp_path):
+    examples = make(20)
+    plan = packattn.pack([len(e["input_ids"]) for e in examples], CAPACITY)
+    wrong = plan.examples.clone()
+    wrong[3] = -1
+    damaged = dataclasses.replace(plan, examples=wrong)
+    damaged.save(tmp_path / "plan.pt")
+    for given in (damaged, tmp_path / "plan.pt"):
+        with pytest.raises(ValueError, match="one has the number -1; make a new one"):
+            pack_dataset(examples, CAPACITY, plan=given, progress=False)
+        with pytest.raises(ValueError, match="one has the number -1; make a new one"):
+            PackRows(examples, given)({"bin": [0]})
+    with pytest.raises(ValueError, match="one has the number -1; make a new one"):
+        PackedDataset(examples, damaged)
+    for rows in (lambda data: PackedDataset(data, plan), lambda data: PackRows(data, plan)({"bin": [0]})):
+        with pytest.raises(ValueError, match="the plan was made of 20 examples, the data set has 21"):
+            rows([*examples, examples[0]])
+
+
 def test_columns_that_are_not_of_tokens_are_named():
-    table = datasets.Dataset.from_list([{"input_ids": [1, 2], "text": "a b"}])
-    with pytest.raises(Exception, match="field 'text' must hold one number per token"):
-        pack_dataset(table, CAPACITY, progress=False)
     with pytest.raises(ValueError, match="dataset has no column input_ids, only text"):
         pack_dataset(datasets.Dataset.from_dict({"text": ["a"]}), CAPACITY, progress=False)
+    for column, kind in ((["a"], "string"), ([["a"]], "list<element: string>|list<item: string>"), ([3], "int32")):
+        with pytest.raises(TypeError, match=f"column input_ids must hold lists of numbers, got ({kind})"):
+            pack_dataset(datasets.Dataset.from_dict({"input_ids": column}), CAPACITY, progress=False)
+    with pytest.raises(ValueError, match="example 1 is empty"):
+        pack_dataset(datasets.Dataset.from_dict({"input_ids": [[1], None]}), CAPACITY, progress=False)
+    for several in ({"input_ids": [[1]]}, datasets.DatasetDict({"input_ids": datasets.Dataset.from_list([])})):
+        with pytest.raises(
+            TypeError, match=f"must hold examples, got a {type(several).__name__} of input_ids; give one"
+        ):
+            pack_dataset(several, CAPACITY)
     with pytest.raises(TypeError, match="example 0 must be a mapping with input_ids, got str"):
         pack_dataset(["a"], CAPACITY, progress=False)
 
 
-class Source:
-    """Something to iterate over and nothing else."""
-
-    def __init__(self, examples):
-        self.examples = examples
-
-    def __iter__(self):
-        return iter(self.examples)
-
-
-SOURCES = {
-    "iterable": Source,
-    "datasets": lambda examples: datasets.Dataset.from_list(examples).to_iterable_dataset(num_shards=4),
-    "shuffled datasets": lambda examples: (
-        datasets.Dataset.from_list(examples).to_iterable_dataset(num_shards=4).shuffle(seed=3, buffer_size=10)
-    ),
-}
-
-
-def stream(kind, **options):
-    return pack_dataset(SOURCES[kind](make()), CAPACITY, open_bins=5, max_per_bin=6, **options)
-
-
-@pytest.mark.parametrize("kind", SOURCES)
-def test_a_stream_packs_everything_once_and_every_epoch_anew(kind):
-    packed = stream(kind)
-    assert isinstance(packed, PackedStream)
-    rows = list(packed)
-    assert sorted(examples_of(rows)) == tokens_of(make())
-    assert max(len(row["input_ids"]) for row in rows) <= CAPACITY
-    assert as_lists(packed) == as_lists(rows)
-
-
-@pytest.mark.parametrize("kind", ["iterable", "datasets"])
-def test_a_stream_goes_on_bit_by_bit_wherever_it_was_stopped(kind, tmp_path):
-    expected = as_lists(stream(kind))
-    for stop in (0, 1, 2, 7, len(expected) - 3, len(expected)):
-        first = stream(kind)
-        iterator = iter(first)
-        taken = as_lists(next(iterator) for _ in range(stop))
-        torch.save(first.state_dict(), tmp_path / "state.pt")
-        second = stream(kind)
-        second.load_state_dict(torch.load(tmp_path / "state.pt"))
-        assert second.state_dict() == first.state_dict()
-        assert taken + as_lists(second) == expected
-        assert as_lists(second) == expected
-    with pytest.raises(ValueError, match="open_bins=5, this stream has 6"):
-        PackedStream(Source([]), CAPACITY, open_bins=6, max_per_bin=6).load_state_dict(first.state_dict())
-
-
-@pytest.mark.parametrize("kind", ["iterable", "datasets"])
-def test_workers_share_a_stream_and_stateful_data_loader_resumes_it(kind):
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    def load():
-        return StatefulDataLoader(stream(kind), batch_size=1, num_workers=2, collate_fn=PackingCollator())
-
-    expected = [{name: values[0].tolist() for name, values in batch.items()} for batch in load()]
-    assert sorted(examples_of(expected)) == tokens_of(make())
-    loader = load()
-    iterator = iter(loader)
-    taken = [{name: values[0].tolist() for name, values in next(iterator).items()} for _ in range(9)]
-    state = loader.state_dict()
-    del iterator
-    resumed = load()
-    resumed.load_state_dict(state)
-    left = [{name: values[0].tolist() for name, values in batch.items()} for batch in resumed]
-    assert taken + left == expected
-
-
-def test_a_stream_counts_what_it_splits_and_drops():
-    examples = [{"input_ids": list(range(n))} for n in (150, 10, 70)]
-    packed = PackedStream(examples, CAPACITY, overlong="split")
-    assert sum(len(row["input_ids"]) for row in packed) == 230
-    assert (packed.split, packed.dropped) == (2, 0)
-    packed = PackedStream(examples, CAPACITY, overlong="drop")
-    assert [len(row["input_ids"]) for row in packed] == [10]
-    assert (packed.split, packed.dropped, packed.dropped_tokens) == (0, 2, 220)
-
-
-@pytest.mark.parametrize(
-    ("examples", "options", "error", "message"),
-    [
-        ([{"input_ids": [1] * 70}], {}, ValueError, "example 0 has 70 tokens where a bin takes at most 64"),
-        ([{"input_ids": [1]}, {"input_ids": []}], {}, ValueError, "example 1 is empty"),
-        ([[1, 2]], {}, TypeError, "example 0 must be a mapping with input_ids, got list"),
-        ([], {"open_bins": 0}, ValueError, "open_bins must be an int of at least 1"),
-        ([], {"overlong": "cut"}, ValueError, "overlong must be one of error, split, drop"),
-        (iter([]), {}, TypeError, "iterable anew in every epoch, got an iterator"),
-        (3, {}, TypeError, "examples must be iterable, got int"),
-    ],
-)
-def test_law_10_what_cannot_be_streamed_is_named(examples, options, error, message):
-    with pytest.raises(error, match=message):
-        list(PackedStream(examples, CAPACITY, **options))
-
-
 def test_a_stream_takes_no_plan():
     with pytest.raises(ValueError, match="leave out lengths, plan, num_proc and any method"):
-        pack_dataset(Source([]), CAPACITY, plan="plan.pt")
+        pack_dataset({}.values(), CAPACITY, plan="plan.pt")
 
 
 def test_packing_does_not_import_datasets():

@@ -1,8 +1,11 @@
 """packing_report: its figures are those of a count by hand, and it recommends what they say."""
 
+import itertools
 import json
 
 import pytest
+from torch.utils.data import BatchSampler
+from torch.utils.data.distributed import DistributedSampler
 
 import packattn
 from benchmarks.packs import lengths as real_lengths
@@ -87,12 +90,112 @@ def test_json_and_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("lengths", "capacity", "options"),
+    [
+        ("short tasks", 4096, {}),
+        ("whole files", 8192, {}),
+        ([100] * 8, 4096, {"ranks": 8}),
+        ([*range(300, 900, 7)], 1024, {}),
+        ([10_000, 99_000], 100_000, {"ranks": 1}),
+        ([1, 10**6], 10**6, {"ranks": 1}),
+        ([1], 1, {"ranks": 1}),
+        ([7, 7], 7, {"ranks": 1}),
+    ],
+    ids=str,
+)
+def test_the_labels_of_the_picture_lie_apart_and_within_it(lengths, capacity, options):
+    lengths = real_lengths(lengths) if isinstance(lengths, str) else lengths
+    figure = packing_report(lengths, capacity, **options).plot()
+    figure.canvas.draw()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            boxes = [tick.label1.get_window_extent() for tick in ticks if tick.label1.get_text()]
+            assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2)), axis
+            assert not axis.get_minorticklabels()
+    for text in figure.axes[2].texts:
+        assert text.get_window_extent().x1 <= figure.bbox.x1
+    counts = [bar.get_height() for bar in figure.axes[0].patches]
+    assert sum(counts) == len(lengths)
+
+
+def test_equal_examples_are_not_faster_packed():
+    report = packing_report([100] * 8, 4096, ranks=8)
+    found = by_name(report)
+    for name in ("packing online", "balanced packing"):
+        assert found[name].speed_up == 1.0
+        assert found[name].token_imbalance == 1.0
+    assert report.recommendation.startswith("Recommended: padding, without packing and without a patch: none of the")
+
+
+@pytest.mark.parametrize(("n", "ranks", "minibatch", "accumulation"), [(26, 4, 3, 2), (8, 8, 4, 2), (50, 2, 2, 4)])
+def test_a_plain_run_deals_every_step_as_distributed_sampler_does(n, ranks, minibatch, accumulation):
+    setting = Setting(10**6, ranks, minibatch, accumulation, seed=5)
+    lengths = [10**3 + i for i in range(n)]
+    mine = []
+    for rank in range(ranks):
+        sampler = DistributedSampler(range(n), ranks, rank, seed=5)
+        mine.append(list(BatchSampler([10**3 + i for i in sampler], minibatch, False)))
+    expected = [[[row] for row in batches] for batches in zip(*mine, strict=True)]
+    steps = list(plain(lengths, setting, padded=False))
+    assert [batches for step in steps for batches in step] == expected
+    assert [len(step) for step in steps[:-1]] == [accumulation] * (len(steps) - 1)
+    padded = list(plain(lengths, setting, padded=True))
+    for step, wider in zip(steps, padded, strict=True):
+        for batches, rows in zip(step, wider, strict=True):
+            assert rows == [[[max(row)]] * len(row) for (row,) in batches]
+
+
+EXAMPLES = [
+    {"input_ids": [1, 2, 3], "labels": [-100, -100, -100]},
+    {"input_ids": [4], "labels": [4]},
+    {"input_ids": [5, 6], "labels": [5, 6]},
+]
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets", "lengths"])
+def test_examples_and_rows_without_a_target_are_counted(kind):
+    if kind == "lengths":
+        report = packing_report([3, 1, 2], 4, ranks=1, targets=[0, 0, 1])
+    else:
+        datasets = pytest.importorskip("datasets")
+        report = packing_report(EXAMPLES if kind == "list" else datasets.Dataset.from_list(EXAMPLES), 4, ranks=1)
+    assert report.lengths.tolist() == [3, 1, 2]
+    assert (report.without_target, report.rows_without_target) == (2, 1)
+    assert "2 examples have no target, and with them 1 row: nothing is learnt from them" in str(report)
+    assert json.loads(report.to_json())["rows_without_target"] == 1
+
+
+def test_without_labels_every_token_but_the_first_is_a_target():
+    assert packing_report([{"input_ids": [1, 2]}, {"input_ids": [3]}], 4).without_target == 1
+    report = packing_report([2, 1], 4)
+    assert report.without_target is None
+    assert "target" not in str(report)
+
+
+def test_one_is_not_many():
+    said = str(packing_report([12], 12, ranks=1, targets=[0]))
+    assert said.startswith("1 example, 12 tokens;")
+    assert "rows of 12 tokens: 1 bin, 100.00% full, 1.0 examples each" in said
+    assert "\n0 examples are longer than a row\n1 example has no target, and with them 1 row:" in said
+    assert "1 rank x mini-batch" in said
+    assert "1 example is longer than a row: cut" in str(packing_report([13, 5], 12))
+
+
+@pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"lengths": []}, ValueError, "at least one length"),
         ({"capacity": 0}, ValueError, "capacity must be an int of at least 1"),
         ({"ranks": 0}, ValueError, "ranks must be an int of at least 1"),
         ({"minibatch": 1.5}, TypeError, "minibatch must be an int"),
+        ({"lengths": {"train": [1]}}, TypeError, "got a dict with train; give one of its splits or columns"),
+        ({"lengths": iter(EXAMPLES)}, TypeError, r"cannot count a stream \(list_iterator\), which may have no end"),
+        ({"lengths": EXAMPLES, "targets": [1, 2, 3]}, ValueError, "targets are counted where"),
+        ({"targets": [1, 2]}, ValueError, "targets must hold one number for each of 1 lengths, got 2"),
+        ({"targets": [-1]}, ValueError, "targets must hold numbers of at least 0, got -1"),
+        ({"targets": [0.5]}, TypeError, "targets must be integers"),
     ],
 )
 def test_law_10_bad_arguments_are_named(change, error, message):

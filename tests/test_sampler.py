@@ -172,6 +172,128 @@ def test_a_state_of_another_run_is_refused(options, message):
         BalancedPackingSampler(**arguments).load_state_dict(state)
 
 
+BAD_STATES = [
+    (None, TypeError, "must be what state_dict returned, got NoneType"),
+    ({"step": ...}, ValueError, "the state has no step; give what state_dict"),
+    ({"steps": 3}, ValueError, "the state has steps; give what state_dict"),
+    ({"step": 5}, ValueError, "step of the state must be an int from 0 to 4, got 5"),
+    ({"step": -1}, ValueError, "step of the state must be an int of at least 0, got -1"),
+    ({"step": 2.0}, TypeError, "step of the state must be an int, got 2.0"),
+    ({"step": "2"}, TypeError, "step of the state must be an int, got '2'"),
+    ({"step": True}, TypeError, "step of the state must be an int, got True"),
+    ({"step": 4, "micro_step": 1}, ValueError, "step of the state must be an int from 0 to 3, got 4"),
+    ({"micro_step": 9}, ValueError, "micro_step of the state must be an int from 0 to 2, got 9"),
+    ({"micro_step": None}, TypeError, "micro_step of the state must be an int, got None"),
+    ({"epoch": -1}, ValueError, "epoch of the state must be an int of at least 0, got -1"),
+    ({"epoch": 1.5}, TypeError, "epoch of the state must be an int, got 1.5"),
+    ({"num_replicas": 0}, ValueError, "num_replicas of the state must be an int of at least 1, got 0"),
+    ({"num_replicas": None}, TypeError, "num_replicas of the state must be an int, got None"),
+    ({"token_budget": 0}, ValueError, "token_budget of the state must be an int of at least 1, got 0"),
+    ({"micro_steps": "2"}, TypeError, "micro_steps of the state must be an int, got '2'"),
+    ({"cost": [1.0]}, ValueError, "cost of the state must be Cost"),
+    ({"cost": [float("nan"), 0.0]}, ValueError, "cost of the state must be Cost"),
+    ({"fingerprint": None}, ValueError, "fingerprint=None"),
+    ({"drop_last": None}, ValueError, "drop_last=None, this sampler has False"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_STATES)
+def test_law_10_a_state_that_cannot_be_is_named_and_changes_nothing(change, error, message):
+    sampler = BalancedPackingSampler(draw(96), 24, num_replicas=4, rank=0, token_budget=50)
+    sampler.set_epoch(3)
+    expected, state = list(sampler), None
+    if change is not None:
+        state = {name: value for name, value in (sampler.state_dict(step=2) | change).items() if value is not ...}
+    with pytest.raises(error, match=message):
+        sampler.load_state_dict(state)
+    assert sampler.epoch == 3
+    assert list(sampler) == expected
+
+
+def test_law_10_an_epoch_or_a_step_that_cannot_be_is_named():
+    sampler = BalancedPackingSampler(draw(96), 24, num_replicas=4, rank=0)
+    with pytest.raises(ValueError, match="step must be an int from 0 to 4, got 5"):
+        sampler.state_dict(step=5)
+    for epoch in (1.0, None, True):
+        with pytest.raises(TypeError, match="epoch must be an int"):
+            sampler.set_epoch(epoch)
+
+
+def test_a_finished_epoch_of_a_run_on_other_ranks_is_finished_here_too():
+    one = BalancedPackingSampler(draw(97), 24, num_replicas=1, rank=0, drop_last=True)
+    four = BalancedPackingSampler(draw(97), 24, num_replicas=4, rank=0, drop_last=True)
+    assert (one.num_steps, four.num_steps) == (5, 4)
+    four.load_state_dict(one.state_dict(step=5))
+    assert list(four) == []
+
+
+def test_set_epoch_does_not_lose_the_rest_of_an_epoch_that_was_loaded():
+    sampler = BalancedPackingSampler(draw(96), 24, num_replicas=4, rank=0)
+    sampler.set_epoch(1)
+    state, whole = sampler.state_dict(step=2), list(sampler)
+    resumed = BalancedPackingSampler(draw(96), 24, num_replicas=4, rank=0)
+    resumed.load_state_dict(state)
+    for epoch in (0, 2):
+        with pytest.raises(
+            ValueError, match=r"goes on in epoch 1 at step 2, and set_epoch\(. would lose|begin the loop"
+        ):
+            resumed.set_epoch(epoch)
+    resumed.set_epoch(1)
+    assert list(resumed) == whole[2:]
+    resumed.set_epoch(2)
+    resumed.load_state_dict(sampler.state_dict(step=4))
+    resumed.set_epoch(2)  # nothing was left
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_state_within_by_step_is_that_of_the_step_whatever_was_read_ahead(workers):
+    def make():
+        return BalancedPackingSampler(draw(90), 18, num_replicas=2, rank=1, token_budget=50)
+
+    def loader(sampler):
+        return DataLoader(list(range(90)), batch_sampler=sampler, collate_fn=list, num_workers=workers)
+
+    sampler, done = make(), []
+    for step, batches in enumerate(sampler.by_step(loader(sampler))):
+        done.append(batches)
+        if step == 1:
+            state = sampler.state_dict()
+            break
+    assert (state["step"], state["micro_step"]) == (2, 0)
+    assert sampler.state_dict() == state
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert done + list(resumed.by_step(loader(resumed))) == list(make().by_step(make()))
+
+
+def test_by_step_refuses_a_loader_that_does_not_keep_the_order():
+    sampler = BalancedPackingSampler(draw(20), 4, num_replicas=2, rank=0)
+    with pytest.raises(ValueError, match="in_order=False"):
+        sampler.by_step(DataLoader(range(20), batch_sampler=sampler, in_order=False))
+
+
+def test_an_epoch_that_accelerate_does_not_hand_on_is_not_taken_for_the_first():
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+
+    def make():
+        sampler = BalancedPackingSampler(draw(90), 18, num_replicas=2, rank="all", token_budget=50)
+        loader = DataLoader(range(90), batch_sampler=sampler, collate_fn=list)
+        return sampler, prepare_data_loader(loader, num_processes=2, process_index=1)
+
+    _, loader = make()
+    loader.set_epoch(1)
+    whole = list(loader)
+    sampler, loader = make()
+    skipped = skip_first_batches(loader, 3)
+    skipped.set_epoch(1)
+    with pytest.raises(RuntimeError, match="the epoch did not reach this BalancedPackingSampler"):
+        list(skipped)
+    sampler.set_epoch(1)
+    assert list(skipped) == whole[3:]
+    skipped.set_epoch(1)
+    assert list(itertools.chain(*sampler.by_step(skipped))) == whole[3:]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stateful_data_loader_resumes_it(workers):
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -231,12 +353,12 @@ BAD = [
     ({"global_batch": 3}, ValueError, "global_batch must be a multiple of the 2 ranks, got 3"),
     ({"global_batch": 0}, ValueError, "global_batch must be an int of at least 1, got 0"),
     ({"micro_steps": 3}, ValueError, "micro_steps must be an int from 1 to 2, got 3"),
-    ({"token_budget": 8}, ValueError, r"example 2 has 9 tokens, more than the token_budget of 8 \(1 such"),
+    ({"token_budget": 8}, ValueError, r"example 2 has 9 tokens, more than the token_budget of 8 \(such are 1"),
     ({"num_replicas": 2, "rank": None}, ValueError, "rank must be given with num_replicas=2"),
     ({"rank": 2}, ValueError, "rank must be an int from 0 to 1, got 2"),
     ({"rank": "every"}, TypeError, 'rank must be an int or "all"'),
     ({"cost": (0.0, 1.0)}, ValueError, "cost must be Cost"),
-    ({"lengths": [1], "drop_last": True}, ValueError, "1 examples are too few for 2 ranks"),
+    ({"lengths": [1], "drop_last": True}, ValueError, "1 example cannot be dealt to 2 ranks"),
     ({"seed": -1}, ValueError, "seed must be an int of at least 0"),
 ]
 

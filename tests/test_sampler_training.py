@@ -79,17 +79,38 @@ def test_both_ranks_take_as_many_micro_batches_of_the_examples_of_the_plan(runs,
     assert list(itertools.chain(*zip(*taken, strict=True))) == expected
 
 
-def test_trainer_resumes_in_the_middle_of_an_epoch(tmp_path):
-    def train(checkpoint=None):
-        model = make("llama").train()
-        arguments = ranks.arguments(tmp_path, 1, 2, save_strategy="steps", save_steps=5)
-        with packattn.patch(model):
-            ranks.BalancedTrainer(
-                model, arguments, data_collator=PackingCollator(), train_dataset=ranks.examples()
-            ).train(resume_from_checkpoint=checkpoint)  # fmt: skip
-        return model.state_dict()
+def test_the_logged_figures_of_packing_are_of_all_ranks(runs):
+    one, other = (json.loads((runs / f"logs.{rank}.json").read_text()) for rank in range(2))
+    steps = [entry for entry in one if "packing/fill" in entry]
+    assert len(steps) == 8
+    sampler = BalancedPackingSampler(
+        [len(example["input_ids"]) for example in ranks.examples()], ranks.GLOBAL_BATCH, num_replicas=2, rank=0,
+        micro_steps=2, seed=3,
+    )  # fmt: skip
+    for at, (mine, theirs) in enumerate(zip(steps, [entry for entry in other if "packing/fill" in entry], strict=True)):
+        sampler.set_epoch(at // 4)
+        rows = [row for micro_step in sampler.assignment(at % 4) for row in micro_step]
+        tokens = sum(len(ranks.examples()[number]["input_ids"]) for row in rows for number in row)
+        for entry in (mine, theirs):
+            assert entry["packing/tokens_per_row"] == tokens / len(rows)
+            assert entry["packing/sequences_per_row"] == sum(map(len, rows)) / len(rows)
+            assert entry["packing/fill"] == 1.0
 
-    whole = train()
-    resumed = train(tmp_path / "checkpoint-5")
-    for name, values in whole.items():
-        assert torch.allclose(resumed[name], values, atol=1e-6), name
+
+@pytest.mark.parametrize("way", [way.__name__ for way in ranks.RESUMED])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_resumed_after_any_step_sees_the_examples_of_one_that_was_not_cut(runs, tmp_path, way, world):
+    if world == 2:
+        found = [json.loads((runs / f"{way}.{rank}.json").read_text()) for rank in range(2)]
+    else:
+        found = [getattr(ranks, way)(tmp_path)]
+    steps = 4 * ranks.EPOCHS
+    for whole, resumed in found:
+        assert len(resumed) >= steps - 1
+        left = [len(seen) for seen in resumed]
+        assert left == sorted(left, reverse=True)
+        for seen in resumed:
+            assert seen == whole[len(whole) - len(seen) :]
+    seen = sorted(number for whole, _ in found for batch in whole for number in batch)
+    assert seen == sorted(list(range(26)) * ranks.EPOCHS)
+    assert len({len(whole) for whole, _ in found}) == 1

@@ -7,6 +7,7 @@ compiler made for sm_80.
 from functools import partial
 
 import pytest
+import slow
 import torch
 from tiny_models import make, packed_row
 
@@ -31,6 +32,11 @@ def emulating(arch):
 def emulator():
     with emulating(80):
         yield
+
+
+def assert_compiled_is_accurate(case, dtype):
+    """The accuracy law without the terms of (14): mma instructions round a score alike in all three passes here."""
+    check_accuracy(case, "triton", dtype, "cpu", scores_round_alike=True)
 
 
 # Every variant of the kernels at least three times, in company and alone.
@@ -67,7 +73,7 @@ CASES = [
     Case("padding", [100, 30, 170], mask="padded", window=70),
     Case("empty spans", [], spans=([0, 0, 0, 2, 2, 5, 9], [0, 2, 2, 2, 7, 7, 9], 9)),
     Case("empty spans with sinks", [], spans=([0, 0, 4], [0, 2, 4], 9), sinks=True),
-    Case("empty spans, head dim 128", [], spans=([0, 0, 4, 4], [0, 2, 4, 9], 9), head_dim=128),
+    Case("empty spans, head dim 128", [], spans=([0, 0, 4, 4], [0, 2, 4, 9], 9), head_dim=128, heads_q=1),
     Case("alibi", [40, 20], heads_q=4, heads_k=2, alibi=True, head_dim=64),
     Case("alibi, bidirectional", [40, 20], heads_q=3, alibi=True, mask="bidirectional"),
     Case("strided views", [30, 20], heads_q=4, heads_k=2, strided=True),
@@ -76,22 +82,30 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+# Each case below that is not slow compiles what no other does, or nothing at all.
+SLOW = (
+    "group of 7; around a tile; window, group of 4; head dim 40; head dim 72; head dim 96; head dim 112; head dim 128;"
+    "head dim 160; head dim 192, values 128; head dim 256; head dim 512; value dim differs; softcap;"
+    "softcap, sinks, window; empty spans, head dim 128; alibi; strided views, head dim 64"
+)
+
+
+@pytest.mark.parametrize("case", slow.cases(CASES, SLOW))
 def test_compiled_bfloat16_is_accurate(case, emulator):
-    check_accuracy(case, "triton", torch.bfloat16, "cpu")
+    assert_compiled_is_accurate(case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[17]], ids=lambda case: case.name.replace(" ", "-"))
-@pytest.mark.parametrize("arch", [86, 89])
+@pytest.mark.parametrize("case", slow.cases([CASES[0], CASES[6], CASES[17]], "window, group of 4; head dim 128"))
+@pytest.mark.parametrize("arch", [86, pytest.param(89, marks=pytest.mark.slow)])
 def test_compiled_kernels_of_other_targets_are_accurate(case, arch):
     with emulating(arch):
-        check_accuracy(case, "triton", torch.bfloat16, "cpu")
+        assert_compiled_is_accurate(case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[28]], ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize("case", slow.cases([CASES[0], CASES[6], CASES[28]], "window, group of 4; sinks"))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_compiled_float16_and_float32_are_accurate(dtype, case, emulator):
-    check_accuracy(case, "triton", dtype, "cpu")
+    assert_compiled_is_accurate(case, dtype)
 
 
 @pytest.mark.parametrize("lengths", [[20, 1, 45, 30], [1] * 40], ids=["sequences", "one-token-sequences"])
@@ -100,18 +114,17 @@ def test_compiled_float16_and_float32_are_accurate(dtype, case, emulator):
 )
 def test_large_scores_are_accurate(dtype, magnitude, lengths, emulator):
     case = Case("", lengths, heads_q=3, heads_k=1, head_dim=64, magnitude=magnitude, magnitude_v=1.0)
-    check_accuracy(case, "triton", dtype, "cpu")
+    assert_compiled_is_accurate(case, dtype)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("no groups", [20, 30], heads_q=2, heads_k=2),
-        Case("a group of 2", [20, 30], heads_q=2),
-        Case("a window", [70], window=20),
-    ],
-    ids=lambda case: case.name.replace(" ", "-"),
-)
+DROPPED = [
+    Case("no groups", [20, 30], heads_q=2, heads_k=2),
+    Case("a group of 2", [20, 30], heads_q=2),
+    Case("a window", [70], window=20),
+]
+
+
+@pytest.mark.parametrize("case", slow.cases(DROPPED, "no groups"))
 def test_compiled_dropout_draws_the_bits_of_every_backend(case, emulator):
     q, k, v, *_ = case.tensors(torch.float32, "cpu")
     seed = torch.tensor([0x123456789ABCDEF])
@@ -164,9 +177,6 @@ def test_every_reason_is_given():
         run(packed("triton"), Case("", [4], head_dim=640), torch.float32, "cpu")
 
 
-TARGETS = tuple(GPUS)
-
-
 def inputs(tokens, aligned, heads_q=3, heads_k=1, dim=64, dtype=torch.bfloat16):
     """q, k, v; unaligned: their memory begins at an odd element, and rows are an odd number of elements apart."""
     tensors = []
@@ -180,26 +190,29 @@ def inputs(tokens, aligned, heads_q=3, heads_k=1, dim=64, dtype=torch.bfloat16):
     return tensors
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_launch_compiles_for_every_target(target, monkeypatch):
+# Not slow: a target of each family of the launch table but sm80, whose launches run in the emulator.
+FAMILIES = [(target, True, 16_384) for target in (86, 90, 100, "gfx942")]
+LAUNCHES = [(target, aligned, tokens) for target in GPUS for aligned in (True, False) for tokens in (1, 16_384, 16_385)]
+LAUNCHES = [pytest.param(*case, marks=[pytest.mark.slow] * (case not in FAMILIES)) for case in LAUNCHES]
+
+
+@pytest.mark.parametrize(("target", "aligned", "tokens"), LAUNCHES)
+def test_every_launch_compiles_for_every_target(target, aligned, tokens, monkeypatch):
     monkeypatch.setattr(attention, "default_backend", lambda device, dtype: "triton")
     found = []
     with launches(target, lambda compiled, *_: found.append(compiled)):
-        for aligned in (True, False):
-            for tokens in (1, 16_384, 16_385):
-                q, k, v = inputs(tokens, aligned)
-                mask = PackedMask.causal(lengths=[tokens])
-                mask = packattn.schedule(mask, heads_q=3, heads_k=1, head_dim=64, dtype=q.dtype)
-                sinks = torch.zeros(3, requires_grad=True)
-                out = packattn.packed_attention(q, k, v, mask, sinks=sinks, backend="triton")
-                torch.autograd.grad(out.sum(), (q, k, v, sinks))
-    assert len(found) == 6 * 4
+        q, k, v = inputs(tokens, aligned)
+        mask = packattn.schedule(PackedMask.causal(lengths=[tokens]), heads_q=3, heads_k=1, head_dim=64, dtype=q.dtype)
+        sinks = torch.zeros(3, requires_grad=True)
+        out = packattn.packed_attention(q, k, v, mask, sinks=sinks, backend="triton")
+        torch.autograd.grad(out.sum(), (q, k, v, sinks))
+    assert len(found) == 4
     for kernel in found:
         assert kernel.metadata.target.arch == target
         assert kernel.metadata.shared <= GPUS[target].block_shared, kernel.metadata.name
 
 
-@pytest.mark.parametrize("heads_q", [3, 5])
+@pytest.mark.parametrize("heads_q", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_another_number_of_tokens_compiles_no_kernel_anew(heads_q, monkeypatch):
     monkeypatch.setattr(attention, "default_backend", lambda device, dtype: "triton")
     found = []
@@ -359,6 +372,6 @@ def test_a_small_problem_is_split_over_the_heads_of_a_group(emulator, monkeypatc
     for enough in (1, 4, 256):
         monkeypatch.setattr(launch, "_ENOUGH_PROGRAMS", enough)
         splits.append(launch.plan(6, 1, 32, 32, torch.bfloat16, torch.device("cpu")).split(70))
-        check_accuracy(case, "triton", torch.bfloat16, "cpu")
+        assert_compiled_is_accurate(case, torch.bfloat16)
     assert splits[0] == 1
     assert splits[0] < splits[1] <= splits[2] == 6

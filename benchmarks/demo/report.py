@@ -131,8 +131,8 @@ def draw_mask(path: Path) -> None:
     lengths = [9, 5, 14, 7, 3, 10]
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
-        PackedMask.causal(lengths=lengths).plot(axes[0]).set_title("six examples in one row, causal")
-        PackedMask.causal(lengths=lengths, window=5).plot(axes[1]).set_title("the same with a window of 5")
+        PackedMask.causal(lengths=lengths).plot(ax=axes[0]).set_title("six examples in one row, causal")
+        PackedMask.causal(lengths=lengths, window=5).plot(ax=axes[1]).set_title("the same with a window of 5")
         axes[1].set_ylabel("")
         figure.savefig(path)
         plt.close(figure)

@@ -76,7 +76,7 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
         except BrokenProcessPool:
             raise SystemExit(
                 f"the process of `{function.__name__}` was ended by the system, most likely for lack of memory: the "
-                "padded batches need the most, about 12 GB. Close other programs and run again."
+                "padded batches need the most, about 5 GB. Close other programs and run again."
             ) from None
 
 
@@ -111,6 +111,8 @@ def train(act: Act, approach: Approach) -> Run:
     plan = approach.plan(lengths, act.minibatch, act.capacity)
     random.Random(0).shuffle(plan)
     model = act.model(device)
+    if act.checkpointed:
+        model.gradient_checkpointing_enable()
     optimiser = torch.optim.AdamW(model.parameters(), lr=act.learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1 / _WARMUP_STEPS, total_iters=_WARMUP_STEPS - 1)
     run = Run(approach.name, device.type, str(dtype).removeprefix("torch."))

@@ -1,5 +1,6 @@
 """PackingCollator: a mini-batch of examples, end to end in one row."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -7,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packattn.data.examples import IGNORED, LABELS, Example, begins, check_same, read_example, without_first
 from packattn.data.values import whole
-
-_IGNORED = -100
-_INTEGERS = ("input_ids", "labels", "position_ids")
-_MADE_HERE = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,8 @@ class PackingCollator:
     would have to predict it; so the labels that are not -100 are exactly the tokens predicted, and a mean over them is
     the mean over the examples run alone, weighted by their tokens. Models that do not shift their labels (masked
     language models, token classification) learn from the first token too: `keep_first_labels`. Models with one result
-    per sequence (sequence classification) take examples with one `label` each.
+    per sequence (sequence classification) take examples with one `label` each. Tokens where a `completion_mask` or
+    `assistant_masks` is 0 are no targets.
 
     Rows of one static size (for compiled graphs, or kernels that are tuned by shape) come from `pad_to` or
     `pad_to_multiple_of`: the row ends in one dead segment, whose tokens have an attention_mask of 0, the first
@@ -39,6 +38,8 @@ class PackingCollator:
             last sequence, since they leave the output of a token that is in none unwritten.
         return_seq_idx: also give seq_idx, int32 (1, tokens), the number of each token's sequence, for Mamba kernels.
         keep_first_labels: leave the labels as they are, of which each example must then have its own.
+        mask_first: so many labels at the beginning of each sequence are ignored: k for a model whose heads predict up
+            to k tokens ahead (multi-token prediction), since tokens of the sequence before would have to predict them.
 
     >>> batch = PackingCollator()([{"input_ids": [11, 12, 13]}, {"input_ids": [21, 22]}])
     >>> for name, values in batch.items():
@@ -56,15 +57,19 @@ class PackingCollator:
     return_flash_attn_kwargs: bool = False
     return_seq_idx: bool = False
     keep_first_labels: bool = False
+    mask_first: int = 1
 
     def __post_init__(self) -> None:
         whole("start_position", self.start_position, 0)
         whole("pad_token_id", self.pad_token_id, 0)
+        whole("mask_first", self.mask_first, 1)
         for name in ("pad_to", "pad_to_multiple_of"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), 1)
         if self.pad_to is not None and self.pad_to_multiple_of is not None:
             raise ValueError("give pad_to or pad_to_multiple_of, not both.")
+        if self.keep_first_labels and self.mask_first > 1:
+            raise ValueError(f"give keep_first_labels=True or mask_first={self.mask_first}, not both.")
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Pack `examples`, in their order.
@@ -74,9 +79,11 @@ class PackingCollator:
                 lists of such mappings (the bins of a plan), which are taken one after another.
                 input_ids: integers, at least one.
                 labels: integers, optional; without them the labels are the input_ids, as for causal language models.
-                    Or one number for the example, by the name of `label` too.
+                    Or one number for the example. `label` and `label_ids` are other names of it.
+                completion_mask, assistant_masks: optional, 0 where a token is no target, else 1; its label is -100.
+                    Labels that are given beside a mask must agree with it.
                 position_ids: integers, optional: the example is itself a packed row, whose positions say where its
-                    sequences begin.
+                    sequences begin; or seq_lengths, the lengths of its sequences, as TRL packs.
                 attention_mask: optional, all ones; it is checked and dropped.
                 Any other field (token_type_ids, loss weights, ...) is packed alike and keeps its dtype.
 
@@ -90,53 +97,48 @@ class PackingCollator:
                 right kind.
             ValueError: there are no examples, or an example is empty, has padding, or has fields that do not fit; they
                 do not fit into `pad_to`.
+
+        Warns:
+            UserWarning: once, the first time that a row has no target.
         """
         if isinstance(examples, Mapping):
             raise TypeError(
                 f"examples must be a sequence of mappings, one for each example, got one {type(examples).__name__} of "
                 "columns; give [{'input_ids': ids} for ids in columns['input_ids']]."
             )
-        examples = list(_flat(examples))
+        found = _flat(examples)
+        batch = self.joined([read_example(one, f"example {at}", self.start_position) for at, one in enumerate(found)])
+        if batch["labels"].ndim > 1 and bool((batch["labels"] == IGNORED).all()) and not hasattr(self, "_warned"):
+            object.__setattr__(self, "_warned", True)
+            warnings.warn(
+                "a batch has no target: all its labels are -100 (masked, or the first of an example), so it teaches "
+                "nothing, and a mean over its targets is NaN. Leave out examples without a target. This is said once.",
+                stacklevel=2,
+            )
+        return batch
+
+    def joined(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Pack examples that were read, in their order; returns and raises as a call does."""
         if not examples:
             raise ValueError("examples must hold at least one example, got none.")
-        for index, example in enumerate(examples):
-            _check_fields(index, example, examples[0])
-        if self.keep_first_labels and "labels" not in examples[0]:
+        for example in examples[1:]:
+            check_same(example, examples[0])
+        if self.keep_first_labels and not {*LABELS} & {*examples[0].fields}:
             raise ValueError(
                 "keep_first_labels=True needs examples with labels; without, input_ids are the labels, as "
                 "for causal language models, which would have to predict the first of every example."
             )
-        columns = {
-            name: [_values(index, name, example[name]) for index, example in enumerate(examples)]
-            for name in examples[0]
-        }
-        labels_of_examples = _labels_of_examples(columns)
-        lengths = [len(ids) for ids in columns["input_ids"]]
-        for name, column in columns.items():
-            for index, (values, length) in enumerate(zip(column, lengths, strict=True)):
-                _check_values(index, name, values, length, self.start_position)
-        columns.pop("attention_mask", None)
+        packed = {name: torch.cat([example.columns[name] for example in examples]) for name in examples[0].columns}
+        starts = begins(packed["position_ids"])
+        packed["labels"] = without_first(packed["labels"], starts, self.ignored_first)
+        batch = self._finished(packed, starts.nonzero().flatten())
+        labels = [example.label for example in examples if example.label is not None]
+        return batch | {"labels": torch.stack(labels)} if labels else batch
 
-        for name in _INTEGERS:
-            if name in columns:
-                columns[name] = [values.long() for values in columns[name]]
-        input_ids = torch.cat(columns.pop("input_ids"))
-        labels = torch.cat(columns.pop("labels")) if "labels" in columns else input_ids.clone()
-        if "position_ids" in columns:
-            positions = torch.cat(columns.pop("position_ids"))
-            jumps = positions[1:] != positions[:-1] + 1
-            starts = torch.cat([jumps.new_ones(1), jumps]).nonzero().flatten()
-        else:
-            counts = torch.tensor(lengths, device=input_ids.device)
-            starts = counts.cumsum(0) - counts
-            positions = torch.arange(len(input_ids), device=input_ids.device) - starts.repeat_interleave(counts)
-            positions += self.start_position
-        if not self.keep_first_labels:
-            labels[starts] = _IGNORED
-        packed = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
-        packed |= {name: torch.cat(column) for name, column in columns.items()}
-        batch = self._finished(packed, starts)
-        return batch if labels_of_examples is None else batch | {"labels": labels_of_examples}
+    @property
+    def ignored_first(self) -> int:
+        """The labels at the beginning of each sequence that are ignored."""
+        return 0 if self.keep_first_labels else self.mask_first
 
     def _finished(self, packed: dict[str, Tensor], starts: Tensor) -> dict[str, Any]:
         """Pad the row, and add what other kernels want to know of the sequences that begin at `starts`."""
@@ -145,7 +147,7 @@ class PackingCollator:
         if self.pad_to is not None or self.pad_to_multiple_of is not None:
             packed["attention_mask"] = torch.ones_like(packed["input_ids"])
         if dead:
-            filler = {"input_ids": self.pad_token_id, "labels": _IGNORED, "position_ids": self.start_position}
+            filler = {"input_ids": self.pad_token_id, "labels": IGNORED, "position_ids": self.start_position}
             for name, values in packed.items():
                 packed[name] = torch.cat([values, values.new_full((dead,), filler.get(name, 0))])
             starts = torch.cat([starts, starts.new_tensor([real])])
@@ -171,13 +173,13 @@ class PackingCollator:
         return self.pad_to or tokens
 
 
-def packed_row(collator: PackingCollator, examples: Sequence[Any]) -> dict[str, Tensor]:
+def packed_row(collator: PackingCollator, examples: Sequence[Example]) -> dict[str, Tensor]:
     """Some examples as a row of a data set, each field (tokens,).
 
     Raises:
         ValueError: the examples have one label each, which are no field of a row.
     """
-    batch = collator(examples)
+    batch = collator.joined(examples)
     if batch["labels"].ndim == 1:
         raise ValueError(
             "examples with one label each cannot be packed beforehand, since rows hold one value per token; give the "
@@ -193,80 +195,3 @@ def _flat(examples: Sequence[Any]) -> Iterator[Any]:
             yield from example
         else:
             yield example
-
-
-def _check_fields(index: int, example: object, first: Mapping[str, Any]) -> None:
-    if not isinstance(example, Mapping):
-        raise TypeError(
-            f"example {index} must be a mapping with input_ids, got {type(example).__name__}; wrap the token ids as "
-            "{'input_ids': ids}."
-        )
-    if example.keys() != first.keys():
-        raise ValueError(
-            f"example {index} has fields {', '.join(example)} where example 0 has {', '.join(first)}; give every "
-            "example the same fields."
-        )
-    if "input_ids" not in example:
-        raise ValueError(
-            f"example {index} has no input_ids, only {', '.join(map(str, example)) or 'nothing'}; tokenize first, "
-            "and keep the column input_ids."
-        )
-    made = [name for name in _MADE_HERE if name in example]
-    if made:
-        raise ValueError(
-            f"example {index} has {made[0]}, which packing decides; remove it, and ask the collator for it."
-        )
-
-
-def _values(index: int, name: str, given: object) -> Tensor:
-    """One field of one example as a tensor of numbers, any shape."""
-    try:
-        return given if isinstance(given, Tensor) else torch.tensor(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        shown = repr(given)
-        raise TypeError(
-            f"example {index}, field {name!r} must hold one number per token, got {type(given).__name__} "
-            f"{shown if len(shown) <= 60 else shown[:57] + '...'}; remove the field (Trainer does so for columns that "
-            "the model's forward does not take)."
-        ) from error
-
-
-def _labels_of_examples(columns: dict[str, list[Tensor]]) -> Tensor | None:
-    """Take the labels of whole examples out of the columns, (examples,); None: there are none."""
-    names = columns.keys() & {"label", "labels"}
-    if len(names) != 1 or any(values.ndim for values in columns[min(names)]):
-        return None
-    labels = torch.stack(columns.pop(min(names)))
-    return labels if labels.is_floating_point() else labels.long()
-
-
-def _check_values(index: int, name: str, values: Tensor, length: int, start_position: int) -> None:
-    where = f"example {index}, field {name!r}"
-    if values.ndim == 0:
-        raise ValueError(
-            f"{where} must hold one value per token, got the single value {values.item()}; remove it. Only the label "
-            "of a whole example can be one value, as `label` or `labels` of every example."
-        )
-    if values.ndim != 1:
-        raise ValueError(
-            f"{where} must have shape (tokens,), got {tuple(values.shape)}; give one example without a batch dimension."
-        )
-    if name == "input_ids" and length == 0:
-        raise ValueError(f"{where} is empty; leave out examples without tokens.")
-    if len(values) != length:
-        raise ValueError(
-            f"{where} must hold one value for each of the {length} input_ids, got {len(values)}; align it with "
-            "input_ids, or remove it."
-        )
-    if name in _INTEGERS and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
-        raise TypeError(f"{where} must hold integers, got {values.dtype}; convert it.")
-    if name == "attention_mask" and not bool((values == 1).all()):
-        raise ValueError(
-            f"{where} marks {int((values != 1).sum())} of {length} tokens as padding; tokenize with padding=False: "
-            "packing needs none."
-        )
-    if name == "position_ids" and (values[0] != start_position or (values < start_position).any()):
-        raise ValueError(
-            f"{where} must begin at the start_position, {start_position}, and nowhere lie below it, got "
-            f"{int(values[0])} first and {int(values.min())} as the least; a packed row begins with a whole example."
-        )

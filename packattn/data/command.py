@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from packattn.data.corpus import pack_corpus
-from packattn.data.dataset import shown
+from packattn.data.counts import shown
 from packattn.data.jsonl import BadLines, Reader
 from packattn.data.packing import Method, Overlong
 from packattn.data.report import packing_report

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from packattn.data.dataset import PackRows, count_tokens, shown
+from packattn.data.counts import count_tokens, shown
+from packattn.data.dataset import PackRows
 from packattn.data.jsonl import LineError, Reader
-from packattn.data.packing import Method, Overlong, PackingPlan, longest, make_limits, pack
+from packattn.data.packing import Method, Overlong, longest, make_limits, pack
+from packattn.data.plan import PackingPlan
 from packattn.data.values import write_whole
+from packattn.requirements import missing
 
 _FORMAT = 1
 
@@ -76,7 +79,7 @@ def pack_corpus(
         ValueError: the partial folder belongs to other arguments or another input; a line is bad; an example too long.
     """
     if importlib.util.find_spec("datasets") is None:
-        raise ImportError("packing a file needs datasets and pyarrow: pip install packattn[data]")
+        raise missing("packing a file", "datasets", "data")
     out, partial = Path(out), Path(f"{out}.partial")
     make_limits(capacity, max_per_bin, max_square)
     if out.exists():

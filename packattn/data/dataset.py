@@ -2,9 +2,10 @@
 
 import contextlib
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from packattn.data.collator import PackingCollator, packed_row
-from packattn.data.packing import Method, Overlong, PackingPlan, Piece, pack
+from packattn.data.counts import (
+    count_examples,
+    count_tokens,
+    is_datasets,
+    of_numbers,
+    rows_without_target,
+    without_format,
+)
+from packattn.data.examples import Example, holds_tokens, left_out, mapping_with_tokens, read_example, targets
+from packattn.data.packing import Method, Overlong, pack
+from packattn.data.plan import PackingPlan, Piece
 from packattn.data.stream import PackedStream
 from packattn.data.values import lengths_tensor
 
@@ -27,13 +38,14 @@ def pack_dataset(
     capacity: int,
     *,
     method: Method | None = None,
-    seed: int | None = 0,
+    seed: int | EllipsisType | None = ...,
     max_per_bin: int | None = None,
     max_square: int | None = None,
-    overlong: Overlong = "error",
-    open_bins: int = 64,
+    overlong: Overlong | None = None,
+    open_bins: int | None = None,
     lengths: Iterable[int] | Tensor | None = None,
     plan: PackingPlan | str | os.PathLike[str] | None = None,
+    columns: Collection[str] | None = None,
     collator: PackingCollator = _PLAIN,
     num_proc: int | None = None,
     progress: bool = True,
@@ -41,17 +53,21 @@ def pack_dataset(
     """Pack a whole data set beforehand, into rows of at most `capacity` tokens, whatever the order of its examples.
 
     The rows hold input_ids, labels, position_ids and further fields of one value per token, and are given to training
-    one or several at a time through a `PackingCollator`, like examples. Fewer rows mean fewer optimiser steps:
-    `packing_report` says what that costs, `BalancedPackingSampler` is the way that keeps the steps.
+    one or several at a time through a `PackingCollator`, like examples. Masks of the loss are honoured as there. Fewer
+    rows mean fewer optimiser steps: `packing_report` says what that costs, `BalancedPackingSampler` is the way that
+    keeps the steps.
 
     Args:
         dataset: what has examples, mappings with input_ids: a `datasets.Dataset`; a sequence (a list, a torch Dataset);
             or anything to iterate over, a `datasets.IterableDataset` among them.
-        capacity, method, seed, max_per_bin, max_square, overlong, open_bins: as for `pack`; the method is "mixed". What
-            can only be iterated over is packed as it comes, in its order, by "best-fit" over `open_bins` bins.
+        capacity, method, seed, max_per_bin, max_square, overlong, open_bins: as for `pack`. Without them the method is
+            "mixed", the seed 0, overlong "error", or what the plan was made with. What can only be iterated over is
+            packed as it comes, in its order, by "best-fit" over `open_bins` bins (64).
         lengths: tokens of the examples, where they are known; otherwise they are counted.
-        plan: a plan to follow in place of packing anew, or a file: read if it is there, else written. A plan of other
-            data is refused.
+        plan: a plan to follow in place of packing again, or a file: read if it is there, else written. A plan of other
+            data, or made with other arguments than those given, is refused.
+        columns: the columns to keep beside those that `PackingCollator` knows by name. None: all that hold one number
+            per token; a warning names the others, which are left out.
         collator: packs the examples of a row.
         num_proc: processes that write the rows of a `datasets.Dataset`.
         progress: show progress bars.
@@ -61,29 +77,57 @@ def pack_dataset(
         for), a `PackedStream` for anything else.
 
     Raises:
-        TypeError, ValueError: as `pack`; arguments do not fit this kind of data.
+        TypeError, ValueError: as `pack` and `PackingCollator`; arguments do not fit this kind of data, or the plan.
+
+    Warns:
+        UserWarning: columns are left out; some rows have no target (those of a sequence with `lengths` given, and of a
+            stream, are not counted beforehand).
     """
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"dataset must hold examples, got a {type(dataset).__name__} of {', '.join(map(str, dataset))}; give one "
+            "of several data sets, and columns as datasets.Dataset.from_dict(columns)."
+        )
+    said: dict[str, Any] = {
+        "method": method, "max_per_bin": max_per_bin, "max_square": max_square, "overlong": overlong,
+        "open_bins": open_bins,
+    }  # fmt: skip
+    said = {name: value for name, value in said.items() if value is not None}
+    if not isinstance(seed, EllipsisType):
+        said["seed"] = seed
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        if lengths is not None or plan is not None or num_proc is not None or method not in (None, "best-fit"):
+        unused = (lengths, plan, num_proc, said.pop("seed", None))
+        if any(value is not None for value in unused) or said.pop("method", "best-fit") != "best-fit":
             raise ValueError(
-                "what can only be iterated over is packed as it comes: leave out lengths, plan, num_proc and any "
+                "what can only be iterated over is packed as it comes: leave out lengths, plan, num_proc, seed and any "
                 'method but "best-fit", or give a data set with a length.'
             )
-        return PackedStream(
-            dataset, capacity, max_per_bin=max_per_bin, max_square=max_square, overlong=overlong, open_bins=open_bins,
-            collator=collator,
-        )  # fmt: skip
-    counted = lengths_tensor(count_tokens(dataset, progress) if lengths is None else lengths)
+        return PackedStream(dataset, capacity, columns=columns, collator=collator, **said)
+    dataset = _chosen(dataset, columns)
+    of_targets = None
+    if lengths is not None or is_datasets(dataset):
+        counted = lengths_tensor(count_tokens(dataset, progress) if lengths is None else lengths)
+    else:
+        first, after = collator.start_position, collator.ignored_first
+        counted, of_targets = count_examples(dataset, start_position=first, mask_first=after, progress=progress)
+        counted = lengths_tensor(counted)
     if counted.numel() != len(dataset):
         raise ValueError(f"lengths must hold one length for each of {len(dataset)} examples, got {counted.numel()}.")
-    options: dict[str, Any] = {
-        "method": method or "mixed", "seed": seed, "max_per_bin": max_per_bin, "max_square": max_square,
-        "overlong": overlong, "open_bins": open_bins,
-    }  # fmt: skip
-    found = _plan(plan, counted, capacity, options)
-    if not _is_datasets(dataset):
-        return PackedDataset(dataset, found, collator)
-    return _written(dataset, found, collator, num_proc, progress)
+    found = _plan(plan, counted, capacity, said)
+    rows: Any
+    if is_datasets(dataset):
+        rows = _written(dataset, found, collator, num_proc, progress)
+        nothing = rows_without_target(rows)
+    else:
+        rows = PackedDataset(dataset, found, collator)
+        nothing = 0 if of_targets is None else _without_target(rows, of_targets)
+    if nothing:
+        warnings.warn(
+            f"{nothing} of {len(rows)} rows have no target: all their labels are -100 (masked, or the first of an "
+            "example), so they teach nothing. Leave out examples without a target.",
+            stacklevel=2,
+        )
+    return rows
 
 
 class PackRows:
@@ -111,18 +155,26 @@ class PackRows:
         return {**self.__dict__, "_opened": None}
 
     def __call__(self, batch: Mapping[str, Any]) -> "pyarrow.Table":
-        """The packed rows of the bins in the one column of `batch`: columns of lists, integers as int32."""
+        """The packed rows of the bins in the one column of `batch`, as columns of lists.
+
+        Raises:
+            TypeError, ValueError: as `PackingCollator`; or input_ids, labels or position_ids are no int32, in which
+                they are written.
+        """
         import pyarrow
 
         (bins,) = batch.values()
         if self._opened is None:
             plan = self.plan if isinstance(self.plan, PackingPlan) else PackingPlan.load(self.plan)
             self._opened = (self.dataset() if callable(self.dataset) else self.dataset, plan)
+            _check_plan(plan, self._opened[0])
         dataset, plan = self._opened
         with _one_thread():
             rows = pack_rows(dataset, plan, [int(bin_) for bin_ in bins], self.collator)
         # As a table, since Ray would make of arrays a type of its own, which nothing else reads.
-        return pyarrow.table({name: pyarrow.array([_narrow(row[name]).numpy() for row in rows]) for name in rows[0]})
+        return pyarrow.table(
+            {name: pyarrow.array([_narrow(name, row[name]).numpy() for row in rows]) for name in rows[0]}
+        )
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
@@ -132,9 +184,13 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         dataset: a sequence of examples.
         plan: which of them make a row.
         collator: packs the examples of a row.
+
+    Raises:
+        ValueError: the plan is damaged, or of another number of examples.
     """
 
     def __init__(self, dataset: Any, plan: PackingPlan, collator: PackingCollator = _PLAIN) -> None:
+        _check_plan(plan, dataset)
         self.dataset, self.plan, self.collator = dataset, plan, collator
 
     def __len__(self) -> int:
@@ -150,103 +206,126 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return f"PackedDataset({self.plan!r})"
 
 
+def _check_plan(plan: PackingPlan, dataset: Any) -> None:
+    """Refuse a plan that is damaged, or has not the number of examples of the data set."""
+    plan.check()
+    if len(dataset) != plan.num_examples:
+        raise ValueError(
+            f"the plan was made of {plan.num_examples} examples, the data set has {len(dataset)}; make the plan from "
+            "the lengths of this data set."
+        )
+
+
 def pack_rows(
     dataset: Any, plan: PackingPlan, bins: Sequence[int], collator: PackingCollator
 ) -> list[dict[str, Tensor]]:
     """The rows of some bins: name -> (tokens,)."""
     content = [plan[bin_] for bin_ in bins]
-    examples = iter(_fetch(dataset, [piece.example for pieces in content for piece in pieces]))
-    rows = []
-    for pieces in content:
-        cuts = [cut(next(examples), piece, plan.starts is not None) for piece in pieces]
-        rows.append(packed_row(collator, cuts))
-    return rows
+    found = iter(_fetch(dataset, [piece.example for pieces in content for piece in pieces]))
+    return [
+        packed_row(collator, [_piece(next(found), piece, plan, collator) for piece in pieces]) for pieces in content
+    ]
 
 
-def cut(example: Mapping[str, Any], piece: Piece, split: bool) -> Mapping[str, Any]:
-    """The tokens of a piece of an example; `split`: whether the plan splits any.
+def _piece(given: Any, piece: Piece, plan: PackingPlan, collator: PackingCollator) -> Example:
+    """The tokens of a piece of an example.
 
     Raises:
         ValueError: the example has not the tokens that the plan counted.
     """
-    tokens = len(example["input_ids"])
-    if piece.start == 0 and piece.stop == tokens:
-        return example
-    if piece.stop > tokens or not split:
+    example = read_example(given, f"example {piece.example}", collator.start_position)
+    counted = int(plan.counted[piece.example])
+    if example.tokens != counted:
         raise ValueError(
-            f"example {piece.example} has {tokens} tokens where the plan counted {piece.stop}; make the plan from the "
+            f"{example.name} has {example.tokens} tokens where the plan counted {counted}; make the plan from the "
             "lengths of this data set."
         )
-    return {name: values[piece.start : piece.stop] for name, values in example.items()}
+    return example.cut(piece.start, piece.stop)
 
 
-def count_tokens(dataset: Any, progress: bool) -> Tensor | list[int]:
-    """The number of input_ids of every example. Of a `datasets.Dataset` only the offsets are read, not the tokens."""
-    if _is_datasets(dataset):
-        import pyarrow.compute
-
-        if "input_ids" not in dataset.column_names:
-            raise ValueError(
-                f"dataset has no column input_ids, only {', '.join(dataset.column_names)}; tokenize first."
-            )
-        column = dataset.select_columns("input_ids").with_format("arrow")
-        found: list[int] = []
-        for table in shown(column.iter(10_000), -(-len(dataset) // 10_000), "counting tokens", progress):
-            found.extend(pyarrow.compute.list_value_length(table["input_ids"]).to_pylist())
-        return found
-    numbers = shown(range(len(dataset)), len(dataset), "counting tokens", progress)
-    return [_count(index, dataset[index]) for index in numbers]
+def _without_target(rows: PackedDataset, of_targets: Tensor) -> int:
+    """How many rows have no target, from the number of targets of each example, int64 (examples,)."""
+    plan, collator = rows.plan, rows.collator
+    found = of_targets[plan.examples]
+    if plan.starts is not None:
+        for at in (plan.lengths != plan.counted[plan.examples]).nonzero().flatten().tolist():
+            number, start = int(plan.examples[at]), int(plan.starts[at])
+            piece = Piece(number, start, start + int(plan.lengths[at]))
+            found[at] = targets(_piece(rows.dataset[number], piece, plan, collator), collator.ignored_first)
+    return int((plan.per_bin(found) == 0).sum())
 
 
-def shown(values: Iterable[Any], total: int | None, what: str, progress: bool) -> Iterable[Any]:
-    """`values` with a progress bar, where tqdm is installed."""
-    if not progress:
-        return values
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return values
-    bar: Iterable[Any] = tqdm(values, total=total, desc=what, unit_scale=True)
-    return bar
+class _Without:
+    """A sequence of examples without some columns."""
+
+    def __init__(self, dataset: Any, names: Iterable[str]) -> None:
+        self.dataset, self.names = dataset, frozenset(names)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = mapping_with_tokens(self.dataset[index], f"example {index}")
+        return {name: values for name, values in example.items() if name not in self.names}
 
 
-def _count(index: int, example: Any) -> int:
-    if not isinstance(example, Mapping) or "input_ids" not in example:
-        raise TypeError(f"example {index} must be a mapping with input_ids, got {type(example).__name__}.")
-    return len(example["input_ids"])
+def _chosen(dataset: Any, columns: Collection[str] | None) -> Any:
+    """The data set without the columns that are not packed."""
+    if not len(dataset) or (is_datasets(dataset) and "input_ids" not in dataset.column_names):
+        return dataset  # refused when its tokens are counted
+    if is_datasets(dataset):
+        dataset = without_format(dataset)
+        holding = {field.name: of_numbers(field.type) for field in dataset.features.arrow_schema}
+        return dataset.remove_columns([*left_out(holding, columns, stacklevel=4)])
+    first = mapping_with_tokens(dataset[0], "example 0")
+    names = left_out({name: holds_tokens(values) for name, values in first.items()}, columns, stacklevel=4)
+    return _Without(dataset, names) if names else dataset
 
 
 def _fetch(dataset: Any, indices: list[int]) -> list[Mapping[str, Any]]:
-    if _is_datasets(dataset):
+    if is_datasets(dataset):
         columns = dataset[indices]
         return [{name: columns[name][at] for name in columns} for at in range(len(indices))]
     return [dataset[index] for index in indices]
 
 
 def _plan(
-    given: PackingPlan | str | os.PathLike[str] | None, lengths: Tensor, capacity: int, options: dict[str, Any]
+    given: PackingPlan | str | os.PathLike[str] | None, lengths: Tensor, capacity: int, said: dict[str, Any]
 ) -> PackingPlan:
     """The plan to follow: given, read, or made (and written)."""
-    path = Path(given) if isinstance(given, (str, os.PathLike)) else None
-    if path is None or path.exists():
-        found = given if isinstance(given, PackingPlan) else None if path is None else PackingPlan.load(path)
-        if found is not None:
-            found.check(lengths)
-            if found.capacity != capacity:
-                raise ValueError(f"the plan has a capacity of {found.capacity}, asked for is {capacity}.")
-            return found
-    made = pack(lengths, capacity, **options)
-    if path is not None:
-        made.save(path)
-    return made
+    if not isinstance(given, (PackingPlan, str, os.PathLike, type(None))):
+        raise TypeError(f"plan must be a PackingPlan or the path of its file, got {type(given).__name__}.")
+    if given is None:
+        return pack(lengths, capacity, **said)
+    if not isinstance(given, PackingPlan) and not Path(given).exists():
+        made = pack(lengths, capacity, **said)
+        made.save(given)
+        return made
+    plan = given if isinstance(given, PackingPlan) else PackingPlan.load(given)
+    plan.check(lengths)
+    _check_made_by(plan, {"capacity": capacity, **said})
+    return plan
+
+
+def _check_made_by(plan: PackingPlan, said: dict[str, Any]) -> None:
+    """Refuse a plan that was made with other arguments than those given now."""
+    made_by = {"capacity": plan.capacity, **plan.made_by}
+    if made_by.get("open_bins") is None:
+        said.pop("open_bins", None)  # of no effect on the plan's method
+    other = [
+        f"{name}={made_by.get(name)!r}, asked for is {said[name]!r}" for name in said if said[name] != made_by.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"the plan was made with {'; '.join(other)}. Give the arguments of the plan, or leave them out (all but "
+            "the capacity); or make another plan, in another file."
+        )
 
 
 def _written(dataset: Any, plan: PackingPlan, collator: PackingCollator, num_proc: int | None, progress: bool) -> Any:
     """A `datasets.Dataset` of the packed rows, written by its own `map`."""
     import datasets
 
-    if dataset.format["type"] is not None:
-        dataset = dataset.with_format(None)
     bins = datasets.Dataset.from_dict({"bin": range(len(plan))})
     before = datasets.are_progress_bars_disabled()
     if not progress:
@@ -261,14 +340,14 @@ def _written(dataset: Any, plan: PackingPlan, collator: PackingCollator, num_pro
             datasets.enable_progress_bars()
 
 
-def _is_datasets(dataset: Any) -> bool:
-    """Whether this is a `datasets.Dataset`; if so, datasets has been imported."""
-    module = sys.modules.get("datasets")
-    return module is not None and isinstance(dataset, module.Dataset)
-
-
-def _narrow(values: Tensor) -> Tensor:
-    return values.int() if values.dtype == torch.int64 else values
+def _narrow(name: str, values: Tensor) -> Tensor:
+    """Half the bytes for the columns that packing itself makes."""
+    if name not in ("input_ids", "labels", "position_ids"):
+        return values
+    found = values.int()
+    if not torch.equal(found.long(), values):
+        raise ValueError(f"field {name!r} holds {int(values.abs().max())}, rows are written as int32; correct it.")
+    return found
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ import bisect
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,9 +83,6 @@ class _ByRoom(Generic[_T]):
             del self.rooms[at], self.queues[found]
         return thing
 
-    def __iter__(self) -> Iterator[_T]:
-        return (thing for room in self.rooms for thing in self.queues[room])
-
 
 class BestFit:
     """Best-fit, one length at a time, with at most `open_bins` open bins (0: any number; 1: next-fit).
@@ -122,17 +118,6 @@ class BestFit:
             del self.bins[bin_]
             closed.append(bin_)
         return bin_, closed
-
-    def state_dict(self) -> dict[str, Any]:
-        """The open bins in the order in which they would be taken; plain numbers, for any serialiser."""
-        return {"opened": self.opened, "open": [[bin_, *self.bins[bin_]] for bin_ in self._by_room]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        self.opened, self.bins, self._by_room = state["opened"], {}, _ByRoom()
-        for bin_, *content in state["open"]:
-            self.bins[bin_] = Bin(*content)
-            self._by_room.push(self.bins[bin_].room(self.limits), bin_)
 
 
 def best_fit(lengths: Tensor, capacity: int, max_per_bin: int, max_square: int, open_bins: int) -> Tensor:

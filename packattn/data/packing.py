@@ -1,141 +1,21 @@
 """pack: lengths in, an index plan out. No token is read or copied."""
 
-import ctypes
-import hashlib
-import io
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from packattn import ops  # noqa: F401  (registers torch.ops.packattn)
 from packattn.data.fit import LARGEST_CAPACITY, Bin, HistogramPlan, Limits, fit_histogram
-from packattn.data.values import lengths_tensor, whole, write_whole
+from packattn.data.plan import PackingPlan, fingerprint
+from packattn.data.values import lengths_tensor, whole
 
 Method = Literal["mixed", "first-fit", "best-fit", "next-fit", "best-fit-decreasing"]
 Overlong = Literal["error", "split", "drop"]
-_FORMAT = 1
 # The share of the tokens that "mixed" holds back, in its shortest examples, to fill what the others leave open. With a
 # fifth, every real length set of benchmarks/lengths fills to 99.5 %, and bins differ no more than those of first-fit.
 _HELD_BACK = 0.2
-
-
-class Piece(NamedTuple):
-    """A part of a bin: the tokens `start` to `stop` of an example."""
-
-    example: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, repr=False)
-class PackingPlan:
-    """Which examples lie in which bin. `len(plan)` bins; `plan[i]` is the list of Pieces of bin i, in row order.
-
-    Attributes:
-        capacity: tokens that a bin may hold.
-        offsets: int64 (bins + 1,), bin i holds the pieces `offsets[i]` to `offsets[i + 1]`.
-        examples: int64 (pieces,), the example of each piece.
-        starts: int64 (pieces,), the first token of each piece in its example; None where no example was split.
-        lengths: int64 (pieces,), the tokens of each piece.
-        dropped: int64, the examples that were left out because they are too long, in order.
-        dropped_tokens: their tokens.
-        fingerprint: of the lengths, so that a plan is not used with other data.
-        made_by: the arguments of `pack`, for the record.
-    """
-
-    capacity: int
-    offsets: Tensor
-    examples: Tensor
-    starts: Tensor | None
-    lengths: Tensor
-    dropped: Tensor
-    dropped_tokens: int
-    fingerprint: str
-    made_by: dict[str, Any]
-
-    def __len__(self) -> int:
-        return self.offsets.numel() - 1
-
-    def __iter__(self) -> Iterator[list[Piece]]:
-        return (self[bin_] for bin_ in range(len(self)))
-
-    def __getitem__(self, bin_: int) -> list[Piece]:
-        if not -len(self) <= bin_ < len(self):
-            raise IndexError(f"bin must lie in [0, {len(self)}), got {bin_}.")
-        begin, end = self.offsets[bin_ % len(self) :][:2].tolist()
-        starts = [0] * (end - begin) if self.starts is None else self.starts[begin:end].tolist()
-        pieces = zip(self.examples[begin:end].tolist(), starts, self.lengths[begin:end].tolist(), strict=True)
-        return [Piece(example, start, start + length) for example, start, length in pieces]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all bins."""
-        return int(self.lengths.sum())
-
-    @property
-    def fill(self) -> float:
-        """Tokens in the bins over the tokens that they could hold."""
-        return self.tokens / (len(self) * self.capacity)
-
-    @property
-    def num_split(self) -> int:
-        """Examples that were cut into pieces."""
-        return 0 if self.starts is None else torch.unique(self.examples[self.starts > 0]).numel()
-
-    def per_bin(self, values: Tensor) -> Tensor:
-        """Sums over the pieces of each bin: (bins,), of one value per piece, e.g. `plan.lengths ** 2`."""
-        sums = torch.zeros(values.numel() + 1, dtype=torch.float64 if values.is_floating_point() else torch.int64)
-        torch.cumsum(values, 0, out=sums[1:])
-        return sums[self.offsets].diff()
-
-    def __repr__(self) -> str:
-        parts = [f"{len(self):,} bins of {self.capacity:,} tokens", f"{self.fill:.2%} full"]
-        parts.append(f"{torch.unique(self.examples).numel():,} examples, {self.tokens:,} tokens")
-        if self.num_split:
-            parts.append(f"{self.num_split:,} examples split")
-        if self.dropped.numel():
-            parts.append(f"{self.dropped.numel():,} examples dropped ({self.dropped_tokens:,} tokens)")
-        return f"PackingPlan({', '.join(parts)})"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to a file, whole or not at all; an existing file is replaced."""
-        path = Path(path)
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        content = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that does not name the cause
-        torch.save({"format": _FORMAT, **fields}, content)
-        write_whole(path, lambda unfinished: unfinished.write_bytes(content.getbuffer()))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "PackingPlan":
-        """Read a plan that `save` wrote; its tensors are mapped from the file.
-
-        Raises:
-            ValueError: the file is not a plan.
-        """
-        try:
-            fields = torch.load(Path(path), weights_only=True, mmap=True)
-            if fields.pop("format") != _FORMAT:
-                raise KeyError("format")
-            return cls(**fields)
-        except (KeyError, TypeError, AttributeError, RuntimeError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is not a packing plan of this version ({error}); make it anew.") from error
-
-    def check(self, lengths: Tensor) -> None:
-        """Refuse to be used with other data than the plan was made of.
-
-        Raises:
-            ValueError: `lengths`, int64 (examples,), are not those that were packed.
-        """
-        if fingerprint(lengths) != self.fingerprint:
-            raise ValueError(
-                f"the plan was made for other data: the {lengths.numel():,} lengths given are not those that were "
-                "packed. Make a new plan, or give the data set, tokenizer and order of that plan."
-            )
 
 
 def pack(
@@ -261,12 +141,13 @@ def longest(limits: Limits) -> int:
     return Bin().room(limits)
 
 
-def fingerprint(lengths: Tensor) -> str:
-    """A digest of lengths, int64 (n,)."""
-    digest = hashlib.sha256()
-    for part in torch.split(lengths, 1 << 20):
-        digest.update(ctypes.string_at(part.data_ptr(), 8 * part.numel()))
-    return digest.hexdigest()
+def too_long_error(name: str, tokens: int, most: int, others: int = 0) -> ValueError:
+    """What to raise for an example that no bin takes, and `others` like it."""
+    more = f", and {others} more are too long" if others else ""
+    return ValueError(
+        f"{name} has {tokens} tokens where a bin takes at most {most}{more}; raise the capacity, or choose "
+        'overlong="split" or overlong="drop".'
+    )
 
 
 def _cut(lengths: Tensor, limits: Limits, overlong: Overlong) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -287,11 +168,7 @@ def _cut(lengths: Tensor, limits: Limits, overlong: Overlong) -> tuple[Tensor, T
         starts = (torch.arange(examples.numel()) - (pieces.cumsum(0) - pieces)[examples]) * most
         return examples, starts, (lengths[examples] - starts).clamp(max=most), none
     first = int(too_long[0])
-    raise ValueError(
-        f"example {first} has {int(lengths[first])} tokens where a bin takes at most {most}"
-        f"{f', and {too_long.numel() - 1} more are too long' if too_long.numel() > 1 else ''}; raise the capacity, or "
-        'choose overlong="split" or overlong="drop".'
-    )
+    raise too_long_error(f"example {first}", int(lengths[first]), most, too_long.numel() - 1)
 
 
 def _walk(sizes: Tensor, limits: Limits, method: Method, open_bins: int) -> tuple[Tensor, int]:

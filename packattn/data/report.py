@@ -1,24 +1,31 @@
 """packing_report: what padding wastes, what each way of packing saves and what it changes, before training."""
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from packattn.data.balance import Cost
-from packattn.data.packing import PackingPlan, pack
+from packattn.data.counts import count_examples, is_datasets
+from packattn.data.packing import pack
+from packattn.data.plan import PackingPlan
 from packattn.data.simulate import Setting, Step, balanced, offline, plain, tally
-from packattn.data.values import lengths_tensor, whole
+from packattn.data.values import counted, lengths_tensor, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # A decoder of 7 billion weights, Cost.of_model(LlamaConfig()): attention is 4 % of the work at 2,000 tokens.
 SEVEN_BILLION = Cost(1.0, 1.98e-5)
+# The approach that does not keep the examples of a step.
+OFFLINE = "packing offline"
+# A speed-up from which packing is recommended: below, what is not predicted (launches, the patch) can eat it up.
+_WORTH = 1.1
 # Optimiser steps that are simulated of each approach that keeps the plain steps; beyond, figures are scaled.
 _SIMULATED = 400
 
@@ -59,6 +66,9 @@ class PackingReport:
         over: examples longer than the capacity; the predictions take them as cut to it.
         tokens_cut: tokens lost if those are cut.
         tokens_dropped: tokens lost if those are left out.
+        without_target: examples from which nothing is learnt, since none of their labels is a target; None where the
+            targets are not known.
+        rows_without_target: rows of the offline plan that hold no others.
         bins, fill, examples_per_bin: of the offline plan.
         approaches: one entry each.
         recommendation: in a sentence or two.
@@ -79,6 +89,8 @@ class PackingReport:
     over: int
     tokens_cut: int
     tokens_dropped: int
+    without_target: int | None
+    rows_without_target: int | None
     bins: int
     fill: float
     examples_per_bin: float
@@ -94,12 +106,14 @@ class PackingReport:
             lost = f": cut, they lose {self.tokens_cut:,} tokens ({cut:.1%})"
             lost += f"; dropped, {self.tokens_dropped:,} ({dropped:.1%}); split, none"
         shape = f"lengths {self.shortest:,} to {self.longest:,}, median {self.median:,}, mean {self.mean:,.0f}"
-        full = f"{self.bins:,} bins, {self.fill:.2%} full, {self.examples_per_bin:.1f} examples each"
+        full = f"{counted(self.bins, 'bin')}, {self.fill:.2%} full, {self.examples_per_bin:.1f} examples each"
+        longer = f"{counted(self.over, 'example')} {'is' if self.over == 1 else 'are'} longer than a row"
         head = [
-            f"{self.examples:,} examples, {self.tokens:,} tokens; {shape}, 95 % up to {self.p95:,}",
-            f"rows of {self.capacity:,} tokens: {full}",
-            f"{self.over:,} examples are longer than a row{lost}",
-            f"{self.ranks} ranks x mini-batch {self.minibatch} x accumulation {self.accumulation}:",
+            f"{counted(self.examples, 'example')}, {counted(self.tokens, 'token')}; {shape}, 95 % up to {self.p95:,}",
+            f"rows of {counted(self.capacity, 'token')}: {full}",
+            f"{longer}{lost}",
+            *self._untaught(),
+            f"{counted(self.ranks, 'rank')} x mini-batch {self.minibatch} x accumulation {self.accumulation}:",
         ]
         names = ("approach", "steps", "examples/step", "padding", "imbalance", "of attention", "speed-up")
         rows = [names] + [
@@ -115,6 +129,13 @@ class PackingReport:
             for row in rows
         ]
         return "\n".join([*head, "", *table, "", self.recommendation])
+
+    def _untaught(self) -> list[str]:
+        if not self.without_target:
+            return []
+        rows = f", and with them {counted(self.rows_without_target, 'row')}" if self.rows_without_target else ""
+        verb = "has" if self.without_target == 1 else "have"
+        return [f"{counted(self.without_target, 'example')} {verb} no target{rows}: nothing is learnt from them"]
 
     def to_json(self) -> str:
         """Everything but the lengths and the plan."""
@@ -134,9 +155,10 @@ class PackingReport:
 
 
 def packing_report(
-    lengths: Iterable[int] | Tensor,
+    lengths: Any,
     capacity: int,
     *,
+    targets: Iterable[int] | Tensor | None = None,
     ranks: int = 8,
     minibatch: int = 4,
     accumulation: int = 2,
@@ -151,8 +173,10 @@ def packing_report(
     counted.
 
     Args:
-        lengths: tokens of each example.
+        lengths: tokens of each example, ints or an integer tensor (examples,); or the data set itself, a
+            `datasets.Dataset` or a sequence of mappings with input_ids, whose tokens and targets are then counted.
         capacity: tokens of a row, and of a balanced micro-batch.
+        targets: labels of each example that are to be predicted, where they are known; for lengths only.
         ranks, minibatch, accumulation: the plain run; a step has ranks * minibatch * accumulation examples.
         cost: of an example; `Cost.of_model(model.config)`.
         seed: of the order of the examples.
@@ -160,10 +184,10 @@ def packing_report(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    found = lengths_tensor(lengths)
     whole("capacity", capacity, 1)
     for name, value in (("ranks", ranks), ("minibatch", minibatch), ("accumulation", accumulation)):
         whole(name, value, 1)
+    found, learnt = _counts(lengths, targets)
     over = found[found > capacity]
     capped = found.clamp(max=capacity)
     setting = Setting(capacity, ranks, minibatch, accumulation, seed)
@@ -174,8 +198,10 @@ def packing_report(
         examples=found.numel(), tokens=int(found.sum()), shortest=int(found.min()), median=int(found.median()),
         mean=float(found.double().mean()), p95=_percentile(found, 0.95), longest=int(found.max()),
         over=over.numel(), tokens_cut=int((over - capacity).sum()), tokens_dropped=int(over.sum()),
+        without_target=None if learnt is None else int((learnt == 0).sum()),
+        rows_without_target=None if learnt is None else _rows_without(learnt, plan),
         bins=len(plan), fill=plan.fill, examples_per_bin=found.numel() / len(plan),
-        approaches=approaches, recommendation=_recommend(approaches, ranks), lengths=found, plan=plan,
+        approaches=approaches, recommendation=_recommend(approaches, setting), lengths=found, plan=plan,
     )  # fmt: skip
 
 
@@ -188,7 +214,7 @@ def _approaches(lengths: Tensor, setting: Setting, cost: Cost, bins: int) -> lis
     runs: dict[str, Callable[[], Iterator[Step]]] = {
         "padding": lambda: plain(part, setting, padded=True),
         "packing online": lambda: plain(part, setting, padded=False),
-        "packing offline": lambda: offline(part, setting),
+        OFFLINE: lambda: offline(part, setting),
         "balanced packing": lambda: balanced(part, setting, cost),
     }
     found: list[Approach] = []
@@ -198,7 +224,7 @@ def _approaches(lengths: Tensor, setting: Setting, cost: Cost, bins: int) -> lis
         in_tokens = tally(run(), setting.ranks, float)
         in_squares = tally(run(), setting.ranks, lambda length: float(length) ** 2)
         reference = reference or work.slowest
-        all_steps = -(-bins // (setting.ranks * setting.accumulation)) if name == "packing offline" else steps
+        all_steps = -(-bins // (setting.ranks * setting.accumulation)) if name == OFFLINE else steps
         found.append(
             Approach(
                 name=name, steps=all_steps, examples_per_step=lengths.numel() / all_steps,
@@ -211,29 +237,75 @@ def _approaches(lengths: Tensor, setting: Setting, cost: Cost, bins: int) -> lis
     return found
 
 
-def _recommend(approaches: list[Approach], ranks: int) -> str:
+def _recommend(approaches: list[Approach], setting: Setting) -> str:
     padding, online, offline_, balanced_ = approaches
-    if balanced_.speed_up < 1.1:
-        return (
-            f"Recommended: padding. The examples are so alike that packing saves {1 - balanced_.seconds:.0%} of the "
-            "time at most."
+    if max(online.speed_up, balanced_.speed_up) < _WORTH:
+        why = f"only {padding.padding:.1%} of the computed tokens are padding"
+        if padding.padding == 0:
+            why = "none of the computed tokens is padding"
+        said = (
+            f"Recommended: padding, without packing and without a patch: {why}, and with the same steps packing takes "
+            f"{min(online.seconds, balanced_.seconds):.2f} of the time."
         )
-    fewer = f"{padding.steps / offline_.steps:.1f} times fewer optimiser steps"
-    said = (
-        f"Recommended: balanced packing (BalancedPackingSampler + PackingCollator): {balanced_.speed_up:.2f} times the "
-        f"speed of padding, with the examples of every optimiser step as they are."
-    )
-    if ranks == 1 and online.speed_up > 0.97 * balanced_.speed_up:
+    elif setting.ranks == 1 and online.speed_up > 0.97 * balanced_.speed_up:
         said = (
             f"Recommended: packing online (PackingCollator alone): {online.speed_up:.2f} times the speed of padding; "
             "on one rank there is nothing to balance."
         )
-    if offline_.steps < 0.8 * padding.steps:
+    else:
+        said = (
+            f"Recommended: balanced packing (BalancedPackingSampler + PackingCollator): {balanced_.speed_up:.2f} times "
+            "the speed of padding, with the examples of every optimiser step as they are."
+        )
+    if offline_.steps < 0.8 * padding.steps and offline_.speed_up >= _WORTH:
+        fewer = f"{padding.steps / offline_.steps:.1f} times fewer optimiser steps ({offline_.steps:,})"
         said += (
-            f" Offline packing ({offline_.speed_up:.2f} times) takes {fewer} ({offline_.steps:,}): an epoch learns "
-            "less unless the rate or the epochs are set anew."
+            f" Offline packing ({offline_.speed_up:.2f} times) takes {fewer}: an epoch learns less unless the learning "
+            "rate or the number of epochs is changed."
         )
     return said
+
+
+def _counts(given: Any, targets: Iterable[int] | Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens and, where they are known, targets of each example: int64 (examples,)."""
+    if isinstance(given, Mapping):
+        raise TypeError(
+            f"packing_report takes lengths or a data set, got a {type(given).__name__} with "
+            f"{', '.join(map(str, given))}; give one of its splits or columns."
+        )
+    sized = hasattr(given, "__len__") and hasattr(given, "__getitem__")
+    if not sized and isinstance(given, Iterable):
+        first = list(itertools.islice(values := iter(given), 1))
+        if first and isinstance(first[0], Mapping):
+            raise TypeError(
+                f"packing_report cannot count a stream ({type(given).__name__}), which may have no end; give lengths, "
+                "or a data set with a length."
+            )
+        given = itertools.chain(first, values)
+    elif is_datasets(given) or (
+        sized and not isinstance(given, Tensor) and len(given) and isinstance(given[0], Mapping)
+    ):
+        if targets is not None:
+            raise ValueError("targets are counted where packing_report is given a data set; leave them out.")
+        counts = count_examples(given)
+        return lengths_tensor(counts.tokens), counts.targets
+    found = lengths_tensor(given)
+    if targets is None:
+        return found, None
+    learnt = torch.as_tensor(targets if isinstance(targets, Tensor) else list(targets))
+    if learnt.is_floating_point() or learnt.dtype == torch.bool:
+        raise TypeError(f"targets must be integers, got {learnt.dtype}; give the number of targets of each example.")
+    if learnt.shape != found.shape:
+        raise ValueError(f"targets must hold one number for each of {found.numel()} lengths, got {learnt.numel()}.")
+    if int(learnt.min()) < 0:
+        raise ValueError(f"targets must hold numbers of at least 0, got {int(learnt.min())}.")
+    return found, learnt.to("cpu", torch.int64)
+
+
+def _rows_without(targets: Tensor, plan: PackingPlan) -> int:
+    """Rows of a plan all of whose examples have no target."""
+    before = torch.cat([targets.new_zeros(1), targets[plan.examples].cumsum(0)])[plan.offsets]
+    return int((before.diff() == 0).sum())
 
 
 def _chosen(n: int, count: int, seed: int) -> Tensor:

@@ -1,7 +1,9 @@
 """BalancedPackingSampler: the examples of every optimiser step as they were, spread so that no rank waits."""
 
+import copy
 import itertools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -9,13 +11,14 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from packattn.data.balance import Cost, assign
-from packattn.data.packing import fingerprint
-from packattn.data.values import lengths_tensor, whole
+from packattn.data.plan import fingerprint
+from packattn.data.values import counted, lengths_tensor, whole
 
 _T = TypeVar("_T")
 # What decides which examples a step has, and what decides only how they are spread.
 _SAME_STEPS = ("global_batch", "shuffle", "seed", "drop_last", "fingerprint")
 _SAME_SPREAD = ("num_replicas", "token_budget", "micro_steps", "cost")
+_PLACE = ("epoch", "step", "micro_step")
 
 
 class BalancedPackingSampler(Sampler[list[int]]):
@@ -79,22 +82,32 @@ class BalancedPackingSampler(Sampler[list[int]]):
                 first = int((self.lengths > token_budget).nonzero()[0])
                 raise ValueError(
                     f"example {first} has {int(self.lengths[first])} tokens, more than the token_budget of "
-                    f"{token_budget} ({int((self.lengths > token_budget).sum())} such examples); raise the budget, or "
+                    f"{token_budget} (such are {int((self.lengths > token_budget).sum())}); raise the budget, or "
                     "cut or leave out these examples beforehand."
                 )
-        if not (isinstance(cost, tuple) and len(cost) == 2 and cost[0] > 0 and cost[1] >= 0):
-            raise ValueError(f"cost must be Cost(per_token > 0, per_square >= 0), got {cost!r}.")
+        _check_cost("cost", cost)
         self.global_batch, self.token_budget, self.micro_steps = global_batch, token_budget, micro_steps
         self.cost, self.shuffle, self.seed, self.drop_last = Cost(*cost), shuffle, seed, drop_last
         self.fingerprint = fingerprint(self.lengths)
-        n, ranks = self.lengths.numel(), self.num_replicas
-        self.total = n // ranks * ranks if drop_last else -(-n // ranks) * ranks
+        self.total = self._total_for(self.num_replicas)
         if self.total == 0:
-            raise ValueError(f"{n} examples are too few for {ranks} ranks with drop_last=True.")
-        self.epoch = 0
+            few = counted(self.lengths.numel(), "example")
+            raise ValueError(f"{few} cannot be dealt to {self.num_replicas} ranks with drop_last=True; give more.")
+        self._dealt_out, self._epoch_is_set = False, False
+        self._begin(0)
+
+    def _total_for(self, ranks: int) -> int:
+        """Examples of an epoch on that many ranks."""
+        n = self.lengths.numel()
+        return n // ranks * ranks if self.drop_last else -(-n // ranks) * ranks
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch = epoch
         self._order: Tensor | None = None
         self._counts: dict[int, int] = {}
+        # (step, micro-step): where the next iteration begins; what it handed out; what by_step's caller works on.
         self._start = self._reached = (0, 0)
+        self._given: tuple[int, int] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -102,10 +115,22 @@ class BalancedPackingSampler(Sampler[list[int]]):
         return -(-self.total // self.global_batch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, whose number changes the order; another epoch than the one loaded starts at its begin."""
+        """Choose the epoch, whose number changes the order of the examples.
+
+        Raises:
+            TypeError, ValueError: the epoch is not an int of at least 0; a state was loaded in the middle of another
+                epoch, and what is left of that epoch would be lost.
+        """
+        whole("epoch", epoch, 0)
         if epoch != self.epoch:
-            self.epoch, self._order, self._counts = epoch, None, {}
-            self._start = self._reached = (0, 0)
+            if (0, 0) < self._start < (self.num_steps, 0):
+                raise ValueError(
+                    f"the state that was loaded goes on in epoch {self.epoch} at step {self._start[0]}, and "
+                    f"set_epoch({epoch}) would lose the rest of that epoch; begin the loop at epoch {self.epoch} "
+                    f"(a loader that Accelerate prepared begins at 0: loader.set_epoch({self.epoch}))."
+                )
+            self._begin(epoch)
+        self._epoch_is_set = True
 
     def global_batch_of(self, step: int) -> list[int]:
         """The examples of an optimiser step of this epoch, in the order in which a plain run draws them."""
@@ -154,20 +179,40 @@ class BalancedPackingSampler(Sampler[list[int]]):
     def by_step(self, batches: Iterable[_T]) -> Iterator[list[_T]]:
         """What a loader with this sampler gives to a rank, grouped by optimiser step: lists of micro-batches.
 
-        After `load_state_dict` the first list holds what was left of its step.
+        After `load_state_dict`, or of a loader from `Accelerator.skip_first_batches`, the first list holds what was
+        left of its step.
 
         Args:
-            batches: a loader whose batch_sampler is this sampler; for rank="all" what `Accelerator.prepare` made of it.
+            batches: a loader whose batch_sampler is this sampler; for rank="all" what `Accelerator.prepare` made of it,
+                whose epoch the sampler takes.
 
         Raises:
-            ValueError: the loader gives the batches of all ranks, or ends too early.
+            ValueError: the loader gives the batches of all ranks, does not keep their order, or ends too early.
         """
-        if self.rank == "all" and self.num_replicas > 1 and self in (batches, getattr(batches, "batch_sampler", None)):
+        sampler, skipped = getattr(batches, "batch_sampler", None), 0
+        if self.rank == "all" and self.num_replicas > 1 and self in (batches, sampler):
             raise ValueError(
                 "this loader gives the micro-batches of all ranks; give by_step the loader that Accelerator.prepare "
                 "returned, which gives those of its own."
             )
-        return self._grouped(*self._start, iter(batches))
+        if not getattr(batches, "in_order", True):
+            raise ValueError(
+                "this loader has in_order=False, so that the micro-batches of different steps would be mixed; leave "
+                "in_order out."
+            )
+        while sampler not in (None, self):  # Accelerate wraps a sampler, and once more to skip batches
+            skipped += getattr(sampler, "skip_batches", 0)
+            sampler = getattr(sampler, "batch_sampler", None)
+        if sampler is self and hasattr(batches, "iteration"):
+            self.set_epoch(batches.iteration)
+        return self._grouped(*self._place_after(skipped), iter(batches))
+
+    def _place_after(self, micro_batches: int) -> tuple[int, int]:
+        """The step and micro-step that lie that many micro-batches of a rank behind the start."""
+        step, done = self._start
+        while step < self.num_steps and micro_batches >= (left := self.micro_steps_of(step) - done):
+            step, done, micro_batches = step + 1, 0, micro_batches - left
+        return step, done + micro_batches
 
     def _grouped(self, first: int, done: int, batches: Iterator[_T]) -> Iterator[list[_T]]:
         for step in range(first, self.num_steps):
@@ -179,13 +224,24 @@ class BalancedPackingSampler(Sampler[list[int]]):
                     f"batches ended in step {step} of {self.num_steps}, after {len(taken)} of {left} micro-batches; "
                     "give a loader whose batch_sampler is this sampler."
                 )
+            # The loader may have read ahead of what its user has: while the user has a step, that is where it stands.
+            self._given = (step + 1, 0)
             yield taken
+            self._given = None
             done = 0
         self._start = (0, 0)
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self._dealt_out and not self._epoch_is_set:
+            raise RuntimeError(
+                "the epoch did not reach this BalancedPackingSampler: on several ranks, set_epoch of a loader from "
+                "Accelerate's skip_first_batches does not come through, and the examples of another epoch would be "
+                "repeated. Call sampler.set_epoch(epoch) before the loop, or give the loader to sampler.by_step; with "
+                "transformers' Trainer use packattn.hf.BalancedTrainer."
+            )
+        self._epoch_is_set = False
         (first, skipped), self._start = self._start, (0, 0)
-        self._reached = (first, skipped)
+        self._reached, self._given = (first, skipped), None
         self._check_fit(first)
         for step in range(first, self.num_steps):
             found = self.assignment(step)
@@ -211,12 +267,18 @@ class BalancedPackingSampler(Sampler[list[int]]):
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Where this epoch stands, after what was handed out; plain numbers, for any checkpoint.
 
-        A loader with workers takes batches ahead of training. StatefulDataLoader accounts for that; with another
-        loader give the number of optimiser steps of this epoch that training has finished.
+        A loader with workers, or of Accelerate, takes batches ahead of training. In a loop over `by_step` the state is
+        that after the step which the loop has; StatefulDataLoader accounts for it too. In any other loop give the
+        number of optimiser steps of this epoch that training has finished.
+
+        Raises:
+            TypeError, ValueError: this epoch has no such step.
         """
-        reached = self._reached if step is None else (step, 0)
+        if step is not None:
+            whole("step", step, 0, self.num_steps)
+        at = (step, 0) if step is not None else self._given or self._reached
         state = {name: getattr(self, name) for name in (*_SAME_STEPS, *_SAME_SPREAD)}
-        return state | {"cost": list(self.cost), "epoch": self.epoch, "step": reached[0], "micro_step": reached[1]}
+        return state | {"cost": list(self.cost), "epoch": self.epoch, "step": at[0], "micro_step": at[1]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken: the next iteration yields what was left of that epoch.
@@ -225,12 +287,13 @@ class BalancedPackingSampler(Sampler[list[int]]):
         their examples. In the middle of a step they may not.
 
         Raises:
-            ValueError: the state is of other data, another seed or another global batch, or in the middle of a step
-                that this sampler spreads in another way.
+            TypeError, ValueError: this is no state of a sampler; it is of other data, another seed or another global
+                batch, or in the middle of a step that this sampler spreads in another way.
         """
-        fixed = _SAME_STEPS + (_SAME_SPREAD if state["micro_step"] else ())
         mine = self.state_dict()
-        for name in fixed:
+        _check_fields(state, mine)
+        state = {**state, "cost": list(state["cost"])}
+        for name in _SAME_STEPS + (_SAME_SPREAD if state["micro_step"] else ()):
             if state[name] != mine[name]:
                 where = f"in the middle of step {state['step']}" if name in _SAME_SPREAD else "by a sampler"
                 wanted = "those of the run that saved it" if name != "fingerprint" else "the same data in its order"
@@ -238,7 +301,14 @@ class BalancedPackingSampler(Sampler[list[int]]):
                     f"the state was saved {where} with {name}={state[name]!r}, this sampler has {mine[name]!r}; "
                     f"resume with {wanted}{', or from a state between two steps' if name in _SAME_SPREAD else ''}."
                 )
-        self.set_epoch(state["epoch"])
+        # The run that saved it may have had another number of ranks, and with it one step more or less.
+        steps = -(-self._total_for(state["num_replicas"]) // self.global_batch)
+        whole("step of the state", state["step"], 0, steps - bool(state["micro_step"]))
+        there = copy.copy(self)
+        there._begin(state["epoch"])
+        if state["micro_step"]:
+            whole("micro_step of the state", state["micro_step"], 0, there.micro_steps_of(state["step"]) - 1)
+        self._begin(state["epoch"])
         self._start = self._reached = (state["step"], state["micro_step"])
 
     @property
@@ -253,6 +323,7 @@ class BalancedPackingSampler(Sampler[list[int]]):
                 f"this BalancedPackingSampler yields the batches of rank {self.rank} only, and Accelerate would deal "
                 'these out once more; make it with rank="all", or do not give its loader to Accelerator.prepare.'
             )
+        self._dealt_out = self.num_replicas > 1
 
     @property
     def sampler(self) -> "BalancedPackingSampler":
@@ -270,6 +341,29 @@ class BalancedPackingSampler(Sampler[list[int]]):
             average = int(lengths.sum()) / (micro_steps * self.num_replicas)
             if average > self.token_budget - int(lengths.max()):
                 self.assignment(step)
+
+
+def _check_cost(name: str, cost: object) -> None:
+    two: Any = cost if isinstance(cost, (tuple, list)) and len(cost) == 2 else (None, None)
+    numbers = all(isinstance(part, (int, float)) for part in two)
+    if not (numbers and 0 < two[0] < math.inf and 0 <= two[1] < math.inf):
+        raise ValueError(f"{name} must be Cost(per_token > 0, per_square >= 0), got {cost!r}.")
+
+
+def _check_fields(state: object, mine: dict[str, Any]) -> None:
+    """Refuse what is not a state of a sampler; whether it is of this one is asked afterwards."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the state must be what state_dict returned, got {type(state).__name__}.")
+    if state.keys() != mine.keys():
+        missing, more = mine.keys() - state.keys(), state.keys() - mine.keys()
+        said = f"no {', '.join(sorted(missing))}" if missing else f"{', '.join(sorted(map(str, more)))}"
+        raise ValueError(f"the state has {said}; give what state_dict of a BalancedPackingSampler returned.")
+    for name in _PLACE:
+        whole(f"{name} of the state", state[name], 0)
+    for name in ("num_replicas", "token_budget", "micro_steps"):
+        if state[name] is not None or name == "num_replicas":
+            whole(f"{name} of the state", state[name], 1)
+    _check_cost("cost of the state", state["cost"])
 
 
 def _replicas(num_replicas: int | None, rank: int | str | None) -> tuple[int, int | str]:

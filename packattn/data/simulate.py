@@ -56,15 +56,17 @@ class Tally(NamedTuple):
 
 
 def plain(lengths: Sequence[int], setting: Setting, padded: bool) -> Iterator[Step]:
-    """Mini-batches as they are drawn: padded to their longest example, or flattened (the paper's online mode)."""
+    """Mini-batches as they are drawn: padded to their longest example, or flattened (the paper's online mode).
+
+    Every rank draws as many examples, as from DistributedSampler, so that no rank is idle in the last step.
+    """
     order = _order(len(lengths), setting)
-    for start in range(0, len(order), setting.global_batch):
-        drawn = order[start : start + setting.global_batch]
-        batches = [drawn[at : at + setting.minibatch] for at in range(0, len(drawn), setting.minibatch)]
-        rows = [[[lengths[i]] for i in batch] if padded else [[lengths[i] for i in batch]] for batch in batches]
-        if padded:
-            rows = [[[max(map(max, batch))]] * len(batch) for batch in rows]
-        yield [rows[at : at + setting.ranks] for at in range(0, len(rows), setting.ranks)]
+    drawn = [[lengths[i] for i in order[rank :: setting.ranks]] for rank in range(setting.ranks)]
+    each = setting.minibatch * setting.accumulation
+    for start in range(0, len(drawn[0]), each):
+        micro_steps = range(start, min(start + each, len(drawn[0])), setting.minibatch)
+        batches = [[mine[at : min(at + setting.minibatch, start + each)] for mine in drawn] for at in micro_steps]
+        yield [[[[max(batch)]] * len(batch) if padded else [batch] for batch in of_ranks] for of_ranks in batches]
 
 
 def offline(lengths: Sequence[int], setting: Setting) -> Iterator[Step]:

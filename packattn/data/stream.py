@@ -1,33 +1,59 @@
-"""PackedStream: packs examples as they come, and goes on bit by bit where it was stopped."""
+"""PackedStream: packs examples as they come, and goes on exactly where it was stopped."""
 
-import copy
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from packattn.data.accelerated import check_loader, check_skipped, reads_ahead
 from packattn.data.collator import PackingCollator, packed_row
-from packattn.data.fit import BestFit
-from packattn.data.packing import Overlong, longest, make_limits
+from packattn.data.examples import holds_tokens, left_out
+from packattn.data.packing import Overlong, make_limits
+from packattn.data.passes import Pass
+from packattn.data.source import Source, share_of
 from packattn.data.values import whole
+
+_PLAIN = PackingCollator()
+_NEVER = -1
 
 
 class PackedStream(IterableDataset[dict[str, Tensor]]):
     """Packed rows of an endless or unknown number of examples, by best-fit over a bounded number of open bins.
 
     A row is handed on when it is full, or when it is the fullest of the open ones and another bin is needed; what is
-    open at the end comes last. `state_dict` holds all that is open, so that a run that was stopped goes on with the
-    very rows that it would have had. In the workers of a loader every worker packs its own examples: those that the
-    data set deals out itself, if it is a torch IterableDataset (`datasets.IterableDataset` is), else every n-th.
+    open at the end of the examples comes last. A pass over the examples begins at the first of them, whatever was read
+    before, and every iteration over the stream is independent of the others. An epoch is a pass, or `rows_per_epoch`
+    rows.
+
+    `state_dict` counts the rows handed on, and holds a digest of the examples read. To resume, the examples of the pass
+    are read again up to there: that costs what reading them costs (a `map` that tokenizes runs again), and is exact
+    over whatever gives the same examples in the same order: `shuffle` with a seed, `interleave_datasets`, `batch`,
+    `filter`, `map`. Other examples, another order, another number of ranks or workers raise.
+
+    In the workers of a loader every worker packs its own examples: those that the data set deals out itself, if it is a
+    torch IterableDataset (`datasets.IterableDataset` is), else every n-th.
+
+    On several ranks there are three ways. `num_replicas` and `rank`: every rank reads all examples and hands on its own
+    of the rows; the last rows are halved until every rank has as many. Examples of one rank, made by
+    `datasets.distributed.split_dataset_by_node`, are read so too, unless `rows_per_epoch` is given: then every rank
+    reads its own examples only. Accelerate and Trainer deal out the rows of one stream of all examples themselves.
 
     Args:
-        examples: mappings with input_ids, to be iterated over. With a `state_dict` of its own (as
-            `datasets.IterableDataset` has) it is resumed by that, otherwise examples are skipped.
+        examples: mappings with input_ids, to be iterated over. Of examples with a `state_dict` a copy is read.
         capacity: tokens that a row may hold.
         open_bins: rows that are open at a time: more fill better, fewer keep the order.
         max_per_bin, max_square, overlong: as for `pack`; `split` and `dropped` count what was done.
+        rows_per_epoch: rows of an epoch of this rank, shared by the workers of a loader; `len` of the stream. None: an
+            epoch is a pass over the examples. Epoch e is the rows from e * rows_per_epoch on, of one pass after another
+            (pass p calls `set_epoch(p)` of the examples): what an epoch leaves comes in the next, and an epoch may hold
+            the end of a pass and the beginning of another. An epoch that does not follow on the one before in the same
+            process reads again all that comes before it.
+        num_replicas, rank: of how many ranks this is which.
+        columns: as for `pack_dataset`; the first example shows which hold one number per token.
         collator: packs the examples of a row.
     """
 
@@ -40,119 +66,335 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         max_per_bin: int | None = None,
         max_square: int | None = None,
         overlong: Overlong = "error",
-        collator: PackingCollator = PackingCollator(),  # noqa: B008  (immutable)
+        rows_per_epoch: int | None = None,
+        num_replicas: int = 1,
+        rank: int = 0,
+        columns: Collection[str] | None = None,
+        collator: PackingCollator = _PLAIN,
     ) -> None:
-        if not hasattr(examples, "__iter__"):
-            raise TypeError(f"examples must be iterable, got {type(examples).__name__}.")
-        if iter(examples) is examples:
-            raise TypeError(
-                "examples must be iterable anew in every epoch, got an iterator; give what makes it, for instance a "
-                "class with __iter__."
-            )
         if overlong not in get_args(Overlong):
             raise ValueError(f"overlong must be one of {', '.join(get_args(Overlong))}, got {overlong!r}.")
         whole("open_bins", open_bins, 1)
+        self.columns = columns
+        self._left_out: frozenset[str] | None = None  # once an example has been read
+        if rows_per_epoch is not None:
+            whole("rows_per_epoch", rows_per_epoch, 1)
+        whole("num_replicas", num_replicas, 1)
+        whole("rank", rank, 0, num_replicas - 1)
+        self.source = Source(examples)
+        if self.source.split is not None:
+            if num_replicas != 1:
+                raise ValueError(
+                    f"num_replicas={num_replicas} was given, and split_dataset_by_node split the examples already; "
+                    "leave out one of the two."
+                )
+            if rows_per_epoch is None:
+                rank, num_replicas = self.source.split
+                warnings.warn(
+                    f"so that all of {num_replicas} ranks have as many rows, each of them reads the examples of all; "
+                    "with rows_per_epoch each reads its own.",
+                    stacklevel=2,
+                )
+        self.num_replicas, self.rank = num_replicas, rank
         self.examples, self.collator, self.overlong = examples, collator, overlong
         self.limits, self.open_bins = make_limits(capacity, max_per_bin, max_square), open_bins
+        self.rows_per_epoch = rows_per_epoch
+        # Shared with the workers of a loader: the epoch that was set, how often one was set, how often workers began to
+        # read, and how often an epoch had been set by then.
+        self._shared = torch.tensor([_NEVER, 0, 0, 0])
+        self._share_memory()
         self._resume: dict[str, Any] | None = None
-        self._stateful = hasattr(examples, "state_dict") and hasattr(examples, "load_state_dict")
-        # Where every epoch begins: what has been resumed once would begin there again.
-        self._beginning = copy.deepcopy(examples.state_dict()) if self._stateful else None  # type: ignore[attr-defined]
-        self._begin()
+        self._next_epoch = self._sets_seen = 0
+        self._not_iterated()
 
-    def _begin(self) -> None:
-        self.taken = self.split = self.dropped = self.dropped_tokens = 0
-        self._walk = BestFit(self.limits, self.open_bins)
-        self._held: dict[int, list[Mapping[str, Any]]] = {}
-        self._ready: list[int] = []
-        self._ended = False
+    def _not_iterated(self) -> None:
+        self._run = _Run(self)  # the iteration that began, or handed on a row, last
+        self._left: _Run | None = None  # the last finished epoch of rows_per_epoch rows, where the next one goes on
+        self._process = _NEVER  # that iterated last
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also in another process, has not been iterated over."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_left", "_process")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share_memory()
+        self._not_iterated()
+
+    def _share_memory(self) -> None:
+        self._shared.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        if self.rows_per_epoch is None:
+            raise TypeError("the number of rows is not known before they are packed; rows_per_epoch states it.")
+        return self.rows_per_epoch
+
+    def __bool__(self) -> bool:
+        return True
 
     def set_epoch(self, epoch: int) -> None:
-        """Hand the epoch on to the examples, which may shuffle by it."""
-        if hasattr(self.examples, "set_epoch"):
-            self.examples.set_epoch(epoch)
+        """Say which epoch the next iteration is, also in workers that live on; examples may shuffle by it.
+
+        Raises:
+            ValueError: the loaded state is of another epoch; or Accelerate's loader, which calls this on every rank
+                when it begins to read, has settings under which rows would be lost or repeated.
+        """
+        whole("epoch", epoch, 0)
+        check_loader(self)
+        if self._resume is not None and not _of_epoch(self._resume, epoch):
+            self._resume = None
+        self._shared[0], self._shared[1] = epoch, self._shared[1] + 1
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        state, self._resume = self._resume, None
-        if state is None:
-            self._begin()
-        source = self._source(state)
-        while True:
-            while self._ready:
-                yield packed_row(self.collator, self._held.pop(self._ready.pop(0)))
-            if self._ended:
-                return
-            example = next(source, None)
-            if example is None:
-                self._ended = True
-                self._ready = sorted(self._held)
+        run = self._run = _Run(self, self._resume)
+        self._resume = None
+        return self._rows(run)
+
+    def _rows(self, run: "_Run") -> Iterator[dict[str, Tensor]]:
+        self._start(run)
+        while not run.ended:
+            examples = run.passing.next_row()
+            if examples is not None:
+                row = packed_row(self.collator, examples)
+                self._handed_on(run)
+                yield row
+            elif run.quota is None:
+                if run.share["workers"] == 0:
+                    check_skipped(self, run.rows)
+                run.ended = True
             else:
-                self._take(example)
+                run.passing = self._next_pass(run.passing)
 
-    def _source(self, state: dict[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-        """The examples of this worker from where the state was taken."""
-        if state is not None and self._ended:
-            return iter(())
-        if self._stateful:
-            from_here = self._beginning if state is None else state["examples"]
-            self.examples.load_state_dict(copy.deepcopy(from_here))  # type: ignore[attr-defined]
-            return iter(self.examples)
-        source = iter(self.examples)
-        worker = get_worker_info()
-        if worker is not None and not isinstance(self.examples, IterableDataset):
-            source = itertools.islice(source, worker.id, None, worker.num_workers)
-        return itertools.islice(source, self.taken, None)
+    def _handed_on(self, run: "_Run") -> None:
+        run.passing.handed_on()
+        run.rows += 1
+        run.ended = run.rows == run.quota
+        self._run = run
+        if run.ended:
+            self._left, self._next_epoch = run, run.number + 1
 
-    def _take(self, example: Mapping[str, Any]) -> None:
-        """Put one example into the open bins."""
-        if not isinstance(example, Mapping) or "input_ids" not in example:
-            raise TypeError(f"example {self.taken} must be a mapping with input_ids, got {type(example).__name__}.")
-        tokens, most = len(example["input_ids"]), longest(self.limits)
-        if tokens == 0:
-            raise ValueError(f"example {self.taken} is empty; leave out examples without tokens.")
-        if tokens > most and self.overlong == "error":
+    def _start(self, run: "_Run") -> None:
+        """Bring `run` to its first row."""
+        state, run.share = run.state, self._share()
+        self._check_workers(run)
+        run.quota, run.epoch = self._quota(run.share), self._epoch()
+        if state is not None and state["epoch"] is not None:
+            run.epoch = state["epoch"]
+        if state is not None:
+            _check_reader(state, run.share)
+        if state is not None and state["rows"]:
+            run.rows, run.ended = state["rows"], state["ended"]
+            run.passing = Pass(self, run.epoch if run.quota is None else state["pass"])
+            run.passing.skip_to(state)
+            if run.ended:
+                self._left = run
+        elif run.quota is None:
+            run.passing = Pass(self, run.epoch)
+            run.ended = state is not None and state["ended"]
+        elif self._left is not None and (self._left.number + 1, self._left.share) == (run.number, run.share):
+            run.passing, self._left = self._left.passing, None
+        else:
+            run.passing = Pass(self, 0)
+            for _ in range(run.number * run.quota):
+                while run.passing.next_row() is None:
+                    run.passing = self._next_pass(run.passing)
+                run.passing.handed_on()
+        run.started, run.ended = True, run.ended or run.quota == 0
+
+    def examples_of(self, epoch: int | None) -> Iterator[Mapping[str, Any]]:
+        """The examples that are packed here, those of all ranks if each hands on some of their rows."""
+        return self.source.start(epoch, of_all_ranks=self.num_replicas > 1)
+
+    def packed_columns(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of an example that are packed."""
+        if self._left_out is None:
+            holding = {name: holds_tokens(values) for name, values in example.items()}
+            self._left_out = left_out(holding, self.columns, stacklevel=7)
+        return {name: values for name, values in example.items() if name not in self._left_out}
+
+    def _share(self) -> dict[str, int]:
+        return share_of(self.num_replicas if self.source.split is None else self.source.split[1])
+
+    def _next_pass(self, ended: "Pass") -> "Pass":
+        if ended.rows == 0:
             raise ValueError(
-                f"example {self.taken} has {tokens} tokens where a bin takes at most {most}; raise the capacity, or "
-                'choose overlong="split" or overlong="drop".'
+                f"rows_per_epoch={self.rows_per_epoch} rows were asked for, and a whole pass over the examples gave "
+                f"none ({ended.taken} examples read, {ended.dropped} dropped; {_said(self._share())}); give every rank "
+                "and worker examples, for instance by more shards."
             )
-        self.taken += 1
-        if tokens > most and self.overlong == "drop":
-            self.dropped += 1
-            self.dropped_tokens += tokens
-            return
-        self.split += tokens > most
-        for start in range(0, tokens, most):
-            size = min(most, tokens - start)
-            whole_one = size == tokens
-            piece = example if whole_one else {name: values[start : start + size] for name, values in example.items()}
-            bin_, closed = self._walk.place(size)
-            self._held.setdefault(bin_, []).append(piece)
-            self._ready.extend(closed)
+        return Pass(self, (ended.epoch or 0) + 1)
+
+    def _quota(self, share: dict[str, int]) -> int | None:
+        """This worker's part of the rows of an epoch."""
+        if self.rows_per_epoch is None:
+            return None
+        workers = max(share["workers"], 1)
+        return self.rows_per_epoch // workers + (share["worker"] < self.rows_per_epoch % workers)
+
+    def _epoch(self) -> int | None:
+        """The epoch to come: the one that was set; else the next one of `rows_per_epoch` rows, or None."""
+        if self.rows_per_epoch is None:
+            return int(self._shared[0]) if self._shared[1] else None
+        if self._shared[1] != self._sets_seen:
+            self._sets_seen, self._next_epoch = int(self._shared[1]), int(self._shared[0])
+        return self._next_epoch
+
+    def _check_workers(self, run: "_Run") -> None:
+        """Note that workers read, and refuse those that cannot know which epoch it is."""
+        if run.share["workers"] == 0:
+            self._shared[2] = 0
+        elif run.share["worker"] == 0:
+            known = self._shared[1] != self._shared[3] or self._process == os.getpid() or run.state is not None
+            if self.rows_per_epoch is not None and self._shared[2] and not known:
+                raise RuntimeError(
+                    "workers of a loader that end with an epoch do not know which rows_per_epoch rows come next; call "
+                    "set_epoch(epoch) of the stream before every epoch, or load with persistent_workers=True."
+                )
+            self._shared[2], self._shared[3] = self._shared[2] + 1, self._shared[1]
+        self._process = os.getpid()
+
+    @property
+    def taken(self) -> int:
+        """Examples read in the present pass. In a loader's workers, each counts for itself, as for all counts here."""
+        return self._run.passing.taken
+
+    @property
+    def split(self) -> int:
+        """Examples of the present pass that were split."""
+        return self._run.passing.split
+
+    @property
+    def dropped(self) -> int:
+        """Examples of the present pass that were dropped."""
+        return self._run.passing.dropped
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens of the dropped examples."""
+        return self._run.passing.dropped_tokens
+
+    @property
+    def waiting(self) -> int:
+        """Examples (or pieces of split ones) that were read and not handed on yet: the next rows hold them."""
+        return self._run.passing.waiting
+
+    @property
+    def left_out(self) -> int:
+        """Examples (or pieces) of the present pass that no rank got, as they were too few for a row on each."""
+        return self._run.passing.left_out
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last row that it handed on; for torch.save or a checkpoint of any kind."""
+        """Where the stream stands after the last row that it handed on: some numbers and strings, for any serialiser.
+
+        In the workers of a StatefulDataLoader (torchdata) that loader's state_dict holds those of its workers.
+
+        Raises:
+            RuntimeError: a loader reads ahead of what it hands on, so the stream is not where training is.
+        """
         if self._resume is not None:
             return self._resume
+        if get_worker_info() is None:
+            if self._shared[2]:
+                raise RuntimeError(
+                    "workers of a loader read the stream, each at a place of its own; take the state_dict of a "
+                    "StatefulDataLoader (torchdata), or num_workers=0."
+                )
+            if reads_ahead(self):
+                raise RuntimeError(
+                    "Accelerate's loader reads a batch ahead, so the stream is beyond the batches that were trained "
+                    "on; save how many batches were, and go on with accelerate.skip_first_batches(loader, batches) "
+                    "after loader.set_epoch(epoch)."
+                )
+        run = self._run
+        if run.state is not None and not run.started:
+            return run.state
+        passing = run.passing
         return {
-            "limits": list(self.limits), "open_bins": self.open_bins, "overlong": self.overlong, "taken": self.taken,
-            "split": self.split, "dropped": self.dropped, "dropped_tokens": self.dropped_tokens,
-            "walk": self._walk.state_dict(), "held": {bin_: list(held) for bin_, held in self._held.items()},
-            "ready": list(self._ready), "ended": self._ended,
-            "examples": copy.deepcopy(self.examples.state_dict()) if self._stateful else None,  # type: ignore[attr-defined]
+            **self._packing(), **(run.share if run.started else self._share()),
+            "epoch": run.epoch if run.started else self._epoch(), "rows": run.rows, "ended": run.ended,
+            "pass": passing.epoch, "pass_rows": passing.rows, "taken": passing.taken_then,
+            "digest": passing.digest_then, "split": passing.split, "dropped": passing.dropped,
+            "dropped_tokens": passing.dropped_tokens, "left_out": passing.left_out,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken: the next iteration hands on the rows that were still to come.
 
+        That iteration reads the examples of the pass again, and raises ValueError if they are not those that had been
+        read.
+
         Raises:
-            ValueError: the stream packs in another way than the one that was stopped.
+            TypeError, ValueError: this is no state of a PackedStream; or of one that packs in another way, on another
+                number of ranks or workers; or of another epoch than the one that was set.
         """
-        for name, mine in (("limits", list(self.limits)), ("open_bins", self.open_bins), ("overlong", self.overlong)):
-            if state[name] != mine:
-                raise ValueError(f"the state was saved with {name}={state[name]!r}, this stream has {mine!r}.")
-        self._begin()
-        self.taken, self.split = state["taken"], state["split"]
-        self.dropped, self.dropped_tokens = state["dropped"], state["dropped_tokens"]
-        self._walk.load_state_dict(state["walk"])
-        self._held = {int(bin_): list(held) for bin_, held in state["held"].items()}
-        self._ready, self._ended, self._resume = list(state["ready"]), state["ended"], state
+        wanted = self._packing()
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be what state_dict of a PackedStream gave, got {type(state).__name__}.")
+        missing = [name for name in (*wanted, *_PLACE) if name not in state]
+        if missing:
+            raise ValueError(f"state is not what state_dict of a PackedStream gave: it lacks {', '.join(missing)}.")
+        _check_same("state was saved with", {name: state[name] for name in wanted}, wanted)
+        _check_reader(state, self._share())
+        keep = not self._shared[1] or _of_epoch(state, int(self._shared[0]))
+        self._resume, self._left = dict(state) if keep else None, None
+        if self.rows_per_epoch is not None:
+            self._next_epoch, self._sets_seen = state["epoch"] + state["ended"], int(self._shared[1])
+
+    def _packing(self) -> dict[str, Any]:
+        return {
+            "limits": list(self.limits), "open_bins": self.open_bins, "overlong": self.overlong,
+            "rows_per_epoch": self.rows_per_epoch, "collator": repr(self.collator),
+        }  # fmt: skip
+
+
+_PLACE = ("ranks", "workers", "worker", "epoch", "rows", "ended", "pass", "pass_rows", "taken", "digest")
+
+
+def _check_same(what: str, saved: dict[str, Any], mine: dict[str, Any]) -> None:
+    if saved != mine:
+        names = [name for name in mine if saved[name] != mine[name]]
+        raise ValueError(
+            f"{what} {_said({name: saved[name] for name in names})}, this stream has "
+            f"{_said({name: mine[name] for name in names})}; go on with the same, or begin without the state."
+        )
+
+
+def _check_reader(state: Mapping[str, Any], share: dict[str, int]) -> None:
+    _check_same("state was saved with", {name: state[name] for name in share}, share)
+
+
+def _said(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+def _of_epoch(state: Mapping[str, Any], epoch: int) -> bool:
+    """Whether `state` is to be gone on from in `epoch`; not so if it is of the end of the epoch before.
+
+    Raises:
+        ValueError: it is of another epoch.
+    """
+    if state["epoch"] in (None, epoch):
+        return True
+    if state["ended"] and state["epoch"] + 1 == epoch:
+        return False
+    raise ValueError(
+        f"the state was saved in epoch {state['epoch']}, and the epoch was set to {epoch}; call "
+        f"set_epoch({state['epoch']}) of the stream or its loader before going on."
+    )
+
+
+class _Run:
+    """An iteration over a stream: where it stands."""
+
+    def __init__(self, stream: PackedStream, state: dict[str, Any] | None = None) -> None:
+        self.state, self.started, self.ended = state, False, False
+        self.passing = Pass(stream, None)
+        self.share: dict[str, int] = {}
+        self.epoch: int | None = None
+        self.rows = 0
+        self.quota: int | None = None  # the rows of the epoch, None: a pass
+
+    @property
+    def number(self) -> int:
+        """The epoch, where it was not set the first."""
+        return self.epoch or 0

@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packattn import arguments
+
 
 def whole(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Refuse what is not an int in [least, most]."""
+    """Refuse what is not an int in [least, most]; numpy's too, since plans, states and reports keep it as it is."""
     if type(value) is not int:
         raise TypeError(f"{name} must be an int, got {reprlib.repr(value)}.")
-    if value < least or (most is not None and value > most):
-        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be an int {bounds}, got {value}.")
+    arguments.whole(name, value, least, most)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things in words, "1 example" or "2,000 examples"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def lengths_tensor(lengths: Iterable[int] | Tensor) -> Tensor:

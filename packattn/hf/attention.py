@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from packattn.attention import packed_attention
+from packattn.hf.conditions import Conditions
 from packattn.hf.inputs import no_restarts, no_transforms
 from packattn.hf.running import RUNNING, past_the_hooks
 from packattn.mask import PackedMask
@@ -88,7 +89,9 @@ def attention_forward(
     if running is None and not compiling and torch._C._current_graph_task_id() == -1:
         raise RuntimeError(past_the_hooks(type(module).__name__))
     if compiling:  # where no hook is missed, if the model was called by its forward
-        no_restarts(others.get("position_ids"), attention_mask, query[:, 0])
+        conditions = Conditions()
+        no_restarts(conditions, others.get("position_ids"), attention_mask, query[:, 0])
+        conditions.enforce()
     return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
 
 

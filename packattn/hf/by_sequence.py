@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from packattn.hf.inputs import OF_SEQUENCES
 from packattn.hf.layout import Group, by_group
 from packattn.hf.masks import Carried, is_carried
 from packattn.hf.plan import Plan
@@ -33,11 +34,13 @@ def _by_sequence(
     if running is None and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{type(module).__name__} was recomputed in the backward pass without the boundaries of its packed rows. "
-            "Checkpoint by model.gradient_checkpointing_enable(), which packattn knows."
+            "Checkpoint by model.gradient_checkpointing_enable() or torch's checkpoint_wrapper, which packattn knows."
         )
     if running is None and kind != "one":
         raise RuntimeError(past_the_hooks(type(module).__name__))
-    layout = running.layout if running is not None and running is not SUSPENDED else None
+    if running is not None and running.plain:
+        return forward(*args, **kwargs)
+    layout = running.layout if running is not None else None
     if running is not None and running.packed:
         forget(module)
     if layout is None:  # one sequence a row: what was made for attention is padding by its plain name again
@@ -45,7 +48,9 @@ def _by_sequence(
         def plain(value: Any) -> Any:
             return running.real if running is not None and (is_carried(value) or isinstance(value, Carried)) else value
 
-        return forward(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+        # Mixers of transformers raise on sequences that are given to them without their optional kernels.
+        given = {name: plain(value) for name, value in kwargs.items() if name not in OF_SEQUENCES}
+        return forward(*map(plain, args), **given)
     if kind != "one":
         _no_sharded_layers(module)
     names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -65,9 +70,9 @@ def _by_sequence(
             "packattn.patch(model, trusted=[...])."
         )
     labels = arguments.pop("labels", None) if plan.by_length(module) else None
-    if isinstance(labels, Tensor) and not labels.dtype.is_floating_point:
-        # The loss of each group is put together by its number of sequences.
-        torch._assert_async((labels != -100).all(), "labels of packed sequences must not be ignored (-100).")
+    # The loss of each group is put together by its number of sequences. Lengths were read on the host as well.
+    if isinstance(labels, Tensor) and not labels.dtype.is_floating_point and bool((labels == -100).any()):
+        raise ValueError(f"labels must hold a class for every packed sequence, got -100 in {labels.tolist()}.")
 
     def call(group: Group) -> Any:
         token = RUNNING.set(SUSPENDED)

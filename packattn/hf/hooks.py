@@ -1,12 +1,11 @@
 """The hooks that `patch` puts on a model: module-level callables, so that a patched model can be pickled.
 
-A call of the model goes through `Enter` (what came, where the sequences lie), `Carry` on the module that builds masks,
-`Mark` on every attention layer and `Check` when the layers are done (both in `packattn.hf.guard`), and `Leave`. Under
-torch.compile, where no host value is needed, `Enter` only gives positions where the caller said otherwise where
-sequences lie, and `Carry` works from the arguments of its own module.
+A call of the model goes through `Enter` (which reads the inputs and finds the sequences), `Carry` on the module that
+builds masks (`packattn.hf.carry`), `Mark` on every attention layer and `Check` when the layers are done (both in
+`packattn.hf.guard`), and `Leave`. Under torch.compile, where no host value is needed, `Enter` only converts seq_idx or
+cu_seq_lens to position_ids, and `Carry` works from the arguments of its own module.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,39 +15,36 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from packattn.hf.cache import CACHES, cache_of, holds_tokens, is_paged, is_prepared
+from packattn.hf.conditions import Conditions
 from packattn.hf.inputs import (
     agree,
-    cache_of,
+    as_called,
     check,
     first_or_later,
     given_sequences,
     goes_on_by_index,
-    holds_tokens,
     is_called,
-    is_prepared,
     modules_around,
     no_loss_across,
     no_restarts,
+    no_text_positions_of_media,
     no_transforms,
     own_positions,
     refuse_callers,
     refuse_packed,
     refuse_trace,
-    same_sequences,
     sign,
     spoils,
     text_positions,
     tokens_of,
 )
 from packattn.hf.layout import Layout
-from packattn.hf.masks import Carried, carry
 from packattn.hf.plan import Plan, finds_last_by_padding
 from packattn.hf.probe import probe_late
-from packattn.hf.running import RUNNING, SUSPENDED, Running, keep_running_in_checkpoints, past_the_hooks
-from packattn.mask import PackedMask
+from packattn.hf.running import RUNNING, Running, past_the_hooks
 
 NAME = "packattn"
-_CACHES = ("cache", "past_key_values", "cache_params", "state")
 
 
 @dataclass
@@ -76,20 +72,24 @@ def _with_positions(
     """Give positions to a compiled text model that was told its sequences otherwise: other arguments may get lost."""
     arguments = dict(zip(hook.names, args, strict=False)) | kwargs
     tokens, position_ids = tokens_of(arguments), arguments.get("position_ids")
-    if not isinstance(tokens, Tensor):
+    if not isinstance(tokens, Tensor) or is_paged(arguments):
         return None
     _unchanged_in_a_trace(hook.plan)
     if why := _spoiled_in_a_trace(hook.plan, arguments.get("input_ids") is None and position_ids is None):
         raise NotImplementedError(why)
+    conditions = Conditions()
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
-        no_loss_across(arguments, position_ids, arguments.get("attention_mask"), hook.plan.shifts_labels)
+        no_loss_across(conditions, arguments, position_ids, arguments.get("attention_mask"), hook.plan.shifts_labels)
+        conditions.enforce()
+    no_text_positions_of_media(arguments, position_ids, hook.plan.planes)
     if position_ids is not None or hook.plan.text_plane:
         return None
-    given = given_sequences(arguments, tokens)
+    given = given_sequences(conditions, arguments, tokens)
     if given is None:
         return None
-    no_loss_across(arguments, given, arguments.get("attention_mask"), hook.plan.shifts_labels)
-    return (), arguments | {"position_ids": given + hook.plan.first_position}
+    no_loss_across(conditions, arguments, given, arguments.get("attention_mask"), hook.plan.shifts_labels)
+    conditions.enforce()
+    return as_called(hook.names, args, arguments | {"position_ids": given + hook.plan.first_position})
 
 
 def _spoiled(plan: Plan, tokens_only: bool) -> str:
@@ -112,7 +112,9 @@ def _enter(
     hook: Enter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     before = _before(hook.plan)
-    if before is SUSPENDED or (before is not None and before.plan is hook.plan and module not in hook.plan.entries):
+    if (before is not None and before.plain) or (
+        before is not None and before.plan is hook.plan and module not in hook.plan.entries
+    ):
         return None
     if getattr(module, "_is_replica", False):
         raise NotImplementedError(
@@ -126,11 +128,16 @@ def _enter(
     hook.plan.unchanged()
     if hook.plan.not_probed:
         probe_late(hook.plan, tokens)
+    if is_paged(arguments):
+        RUNNING.set(Running(plan=hook.plan, owner=module, before=before, plain=True))
+        return None
     refuse_callers(hook.plan.entries, arguments.get("input_ids") is None and arguments.get("position_ids") is None)
     running = Running(plan=hook.plan, owner=module, before=before)
     RUNNING.set(running)
     try:
-        return _arguments(hook, running, module, arguments, tokens)
+        if not _changed(hook, running, module, arguments, tokens):
+            return None
+        return as_called(hook.names, args, arguments)
     except BaseException:
         RUNNING.set(before)
         raise
@@ -147,26 +154,26 @@ def _before(plan: Plan) -> Running | None:
     return before
 
 
-def _arguments(
-    hook: Enter, running: Running, module: nn.Module, arguments: dict[str, Any], tokens: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _changed(hook: Enter, running: Running, module: nn.Module, arguments: dict[str, Any], tokens: Tensor) -> bool:
+    """Change the arguments to what the layers need; False where the forward is left to transformers."""
     if not prepare(running, arguments, tokens):
-        return None
+        return False
     if running.layout is not None and _stays_padded(hook, module, arguments, running.layout):
         running.layout, running.packed = None, False
     if running.layout is not None and module in hook.plan.heads:
         _check_labels(arguments.get("labels"), len(running.layout.starts))
+        running.padding_token = _padding_token(module, arguments.get("input_ids"), running.layout)
         if not hook.plan.by_length(module):
             _unpack(running, module, arguments)
     elif running.layout is not None:
         if "use_cache" in hook.names:
             arguments["use_cache"] = False
-        for name in _CACHES:
+        for name in CACHES:
             if (cache := arguments.pop(name, None)) is not None and running.position_ids is not None:
                 sign(cache, running.position_ids, running.real)  # left empty, which the next forward would not notice
     if not hook.takes_positions:
         arguments.pop("position_ids", None)
-    return (), arguments
+    return True
 
 
 _enter_untraced: Callable[..., Any] = torch.compiler.disable(_enter)  # type: ignore[no-untyped-call]
@@ -176,28 +183,33 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     """Fill in what a forward is; False where it is left to transformers."""
     position_ids, attention_mask = arguments.get("position_ids"), arguments.get("attention_mask")
     cache = cache_of(arguments)
-    refuse_packed(cache)
+    conditions = Conditions()
+    refuse_packed(conditions, cache)
     if holds_tokens(cache) or (cache is not None and is_prepared(attention_mask)):
-        for positions in (position_ids, given_sequences(arguments, tokens)):
-            no_restarts(positions, attention_mask, tokens)
+        for positions in (position_ids, given_sequences(conditions, arguments, tokens)):
+            no_restarts(conditions, positions, attention_mask, tokens)
+        conditions.enforce(running.first)
         return False
-    check(tokens, position_ids, attention_mask)
-    given, plan = given_sequences(arguments, tokens), running.plan
+    check(conditions, tokens, position_ids, attention_mask)
+    given, plan = given_sequences(conditions, arguments, tokens), running.plan
+    no_text_positions_of_media(arguments, position_ids, plan is not None and plan.planes)
     first = plan.first_position if plan is not None else 0
     if position_ids is None:
-        counted = None if goes_on_by_index(running.owner, cache) else attention_mask
-        position_ids = (given if given is not None else own_positions(tokens, counted)) + first
+        running.counted = given is None
+        padding = None if goes_on_by_index(running.owner, cache) else attention_mask
+        position_ids = (given if given is not None else own_positions(tokens, padding)) + first
     elif position_ids.ndim == 3:
-        position_ids = text_positions(position_ids, given, plan is not None and plan.text_plane)
+        position_ids = text_positions(conditions, position_ids, given, plan is not None and plan.text_plane)
     elif first and cache is None:  # generate counts from 0
-        first_or_later(position_ids, attention_mask, first)
+        first_or_later(conditions, position_ids, attention_mask, first)
     if given is not None:
-        agree(position_ids, given, attention_mask)
+        agree(conditions, position_ids, given, attention_mask)
     rows = tokens.shape[0]
     running.position_ids = position_ids.expand(rows, -1)
     running.real = attention_mask.expand(rows, -1) if attention_mask is not None else None
     running.packed = True
-    no_loss_across(arguments, running.position_ids, running.real, plan is not None and plan.shifts_labels)
+    no_loss_across(conditions, arguments, running.position_ids, running.real, plan is not None and plan.shifts_labels)
+    conditions.enforce(running.first)
     if running.plan is not None and running.plan.needs_layout:
         refuse_trace()
         no_transforms(torch._C._functorch.is_batchedtensor(running.position_ids))
@@ -234,7 +246,7 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
             f"{type(module).__name__} finds the last token of a sequence by its padding token, which inputs_embeds do "
             "not tell. Pass input_ids, or sequences of one length."
         )
-    pad = getattr(module.config.get_text_config(), "pad_token_id", None) or 0
+    pad = running.padding_token or getattr(module.config.get_text_config(), "pad_token_id", None) or 0
     for name, value in list(arguments.items()):
         if name == "input_ids" and value is not None:
             arguments[name] = group.take(value, pad)
@@ -243,6 +255,48 @@ def _unpack(running: Running, module: nn.Module, arguments: dict[str, Any]) -> N
     arguments["attention_mask"] = group.real.long()
     running.position_ids = group.take(running.position_ids) if running.position_ids is not None else None
     running.real, running.layout = group.real.long(), None
+
+
+def _padding_token(module: nn.Module, ids: Tensor | None, layout: Layout) -> int | None:
+    """A token that no sequence ends with, where a classifier finds the last token by a padding token and has none."""
+    assert isinstance(module, PreTrainedModel)
+    if not finds_last_by_padding(module) or getattr(module.config.get_text_config(), "pad_token_id", None) is not None:
+        return None
+    if ids is None:
+        return 0
+    last = [start + length - 1 for start, length in zip(layout.starts, layout.lengths, strict=True)]
+    ends = set(ids.flatten()[last].tolist())
+    return next(token for token in range(len(ends) + 1) if token not in ends)
+
+
+def with_padding_token(module: nn.Module, forward: Callable[..., Any], plan: Plan, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a classifier, which `Enter` may have given a padding token for this call."""
+    given = [] if plan.removed else _give_padding_token(module)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        if given:
+            _take_padding_token(given)
+
+
+def _give_to_configs(module: nn.Module) -> list[Any]:
+    running = RUNNING.get()
+    if running is None or running.padding_token is None or not isinstance(module, PreTrainedModel):
+        return []
+    configs = {id(config): config for config in (module.config, module.config.get_text_config())}
+    given = [config for config in configs.values() if getattr(config, "pad_token_id", None) is None]
+    for config in given:
+        config.pad_token_id = running.padding_token
+    return given
+
+
+def _take_from_configs(configs: list[Any]) -> None:
+    for config in configs:
+        config.pad_token_id = None
+
+
+_give_padding_token: Callable[..., Any] = torch.compiler.disable(_give_to_configs)  # type: ignore[no-untyped-call]
+_take_padding_token: Callable[..., None] = torch.compiler.disable(_take_from_configs)  # type: ignore[no-untyped-call]
 
 
 def _check_labels(labels: Any, sequences: int) -> None:
@@ -281,6 +335,15 @@ class Leave:
             _leave_untraced(module)
 
 
+def entering(module: nn.Module, forward: Callable[..., Any], plan: Plan, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that `Enter` is on: PEFT and sentence-transformers call it past the hooks."""
+    if args and args[0] is module:  # Accelerate binds the forward of a model that it unwraps once more
+        args = args[1:]
+    if plan.removed or torch.compiler.is_compiling() or RUNNING.get() is not None or is_called(module):
+        return forward(*args, **kwargs)
+    return module(*args, **kwargs)
+
+
 def leaving(
     module: nn.Module, forward: Callable[..., Any], plan: Plan, lost: frozenset[str], *args: Any, **kwargs: Any
 ) -> Any:
@@ -289,8 +352,6 @@ def leaving(
     Args:
         lost: names of arguments that say where sequences lie, and that only `Enter` hands on.
     """
-    if args and args[0] is module:  # Accelerate binds the forward of a model that it unwraps once more
-        args = args[1:]
     if not plan.removed and not lost.isdisjoint(kwargs):
         _assert_entered(module)
     try:
@@ -303,109 +364,9 @@ def leaving(
 def _leave(module: nn.Module) -> None:
     running = RUNNING.get()
     if running is not None and running.owner is module:
+        if running.plan is not None:
+            running.plan.first_forward = False
         RUNNING.set(running.before)
 
 
 _leave_untraced: Callable[..., None] = torch.compiler.disable(_leave)  # type: ignore[no-untyped-call]
-
-
-@dataclass
-class Carry:
-    """Forward pre-hook on a builder: boundaries in place of the attention_mask."""
-
-    plan: Plan
-    names: list[str]
-    four: bool
-
-    def __call__(
-        self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        compiling = torch.compiler.is_compiling() and not self.plan.needs_layout
-        running = None if compiling else RUNNING.get()
-        if module.training and self.plan.needs_layout:
-            keep_running_in_checkpoints(module)
-        if running is SUSPENDED:
-            return None
-        if module.config._attn_implementation != NAME:
-            raise RuntimeError(
-                f"{type(module).__name__} attends by {module.config._attn_implementation!r}, set after packattn.patch: "
-                "packed sequences would not be isolated. Call .remove() of the Patch first, or patch again after."
-            )
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        if arguments.get("output_attentions") or module.config.output_attentions:
-            raise NotImplementedError(
-                "output_attentions=True: packattn never forms the attention weights. Leave it out, or remove the patch."
-            )
-        if arguments.get("is_causal") and any(
-            not getattr(layer, "is_causal", True) for _, layer in self.plan.attention
-        ):
-            raise NotImplementedError(
-                f"is_causal=True: of {type(module).__name__}, which looks both ways, transformers' implementations of "
-                "attention make different things then. Leave it out, or remove the patch."
-            )
-        tokens = tokens_of(arguments)
-        if not isinstance(tokens, Tensor) or holds_masks(arguments.get("attention_mask")):
-            return None
-        if running is None:  # compiled, or called without the model around it
-            _assert_unchanged(self.plan)
-            running = Running(plan=self.plan)
-            if not prepare(running, arguments, tokens):
-                return None
-        if not running.packed or running.position_ids is None:
-            return None
-        if arguments.get("encoder_hidden_states") is not None:
-            raise NotImplementedError(
-                "encoder_hidden_states: cross-attention of a packed row is not supported by packattn. Remove the patch."
-            )
-        same_sequences(arguments.get("position_ids"), running.position_ids, running.real)
-        carried = carry(running.position_ids, running.real, tokens.shape[0])
-        arguments["attention_mask"] = Carried(carried) if self.four else carried
-        if module.training and not compiling:
-            _warn_of_noise(self.plan.builders[-1][1])
-        if running.real is not None and module is self.plan.builders[-1][1]:
-            _fill_padding(module, arguments, running.real)
-        if "position_ids" in self.names and arguments.get("position_ids") is None:
-            arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
-        return (), arguments
-
-
-def _fill_padding(module: PreTrainedModel, arguments: dict[str, Any], real: Tensor) -> None:
-    """Another token, or embeddings of ones, in the place of padding whose embedding is kept at zero.
-
-    Padding sees no other token here, so that its state would stay zero: where a model divides by its norm (Gemma-3n),
-    all gradients would be NaN. Nothing sees what stands there.
-    """
-    padding = getattr(module.get_input_embeddings(), "padding_idx", None)
-    if padding is None:
-        return
-    if isinstance(ids := arguments.get("input_ids"), Tensor):
-        arguments["input_ids"] = ids.where(real != 0, padding + 1 if padding == 0 else padding - 1)
-    elif isinstance(embeddings := arguments.get("inputs_embeds"), Tensor):
-        arguments["inputs_embeds"] = embeddings.where(real[..., None] != 0, 1.0)
-
-
-def _warn_of_noise(builder: PreTrainedModel) -> None:
-    """Say once that NEFTune's noise, which Trainer puts on the embeddings, does not know the sequences of a row."""
-    if hasattr(builder.get_input_embeddings(), "neftune_noise_alpha"):
-        warnings.warn(
-            "NEFTune divides its noise by the square root of the length of the row, so that a packed sequence gets "
-            "less of it than alone. Raise neftune_noise_alpha, or leave it out.",
-            stacklevel=2,
-        )
-
-
-def _assert_unchanged(plan: Plan) -> None:
-    """What `Check` finds in every eager forward, found while a model is traced: once for each graph."""
-    for (name, layer), forward in zip(plan.attention, plan.forwards, strict=True):
-        if type(layer).forward is not forward:
-            raise RuntimeError(
-                f"the forward of {name} was replaced after packattn.patch: packed sequences would not be isolated "
-                "there. Apply it before, or leave it out."
-            )
-
-
-def holds_masks(attention_mask: Any) -> bool:
-    """Whether a model around this one has made its masks already."""
-    if isinstance(attention_mask, dict):
-        return any(isinstance(mask, PackedMask) for mask in attention_mask.values())
-    return isinstance(attention_mask, (PackedMask, Carried))

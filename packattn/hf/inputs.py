@@ -15,12 +15,18 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import PreTrainedModel
 
 from packattn.boundaries import Boundaries
+from packattn.hf.cache import is_prepared
+from packattn.hf.conditions import Conditions
 from packattn.mask import PackedMask
 
 _OF_A_ROW = re.compile(r"For(SequenceClassification|QuestionAnswering|MultipleChoice)$")
 PROMPTS = "PEFT prompt learning puts virtual tokens before the row and drops position_ids"
+# What a model makes tokens of that are no text.
+_MEDIA = ("pixel_values", "pixel_values_videos", "image_embeds", "video_embeds", "image_grid_thw", "video_grid_thw")
 # What says where sequences lie beside position_ids.
 EXPLICIT = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+# All arguments that describe the sequences of a row to its layers: a layer that sees one sequence a row needs none.
+OF_SEQUENCES = (*EXPLICIT, "max_length_q", "max_length_k")
 
 
 def refuse_callers(entries: Collection[nn.Module], tokens_only: bool) -> None:
@@ -89,39 +95,23 @@ def takes_rows(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and bool(_OF_A_ROW.search(type(module).__name__))
 
 
+def as_called(
+    names: list[str], args: tuple[Any, ...], arguments: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a forward as they came, by position or by name: other hooks look for them there.
+
+    Args:
+        names: of the parameters. args: what came by position. arguments: all of them by name; one that was taken out is
+            None where it came by position.
+    """
+    rest = dict(arguments)
+    return tuple(rest.pop(name, None) for name in names[: len(args)]), rest
+
+
 def tokens_of(arguments: dict[str, Any]) -> Any:
     """The input_ids of a forward, or its inputs_embeds."""
     tokens = arguments.get("input_ids")
     return arguments.get("inputs_embeds") if tokens is None else tokens
-
-
-def cache_of(arguments: dict[str, Any]) -> Any:
-    """The cache that a forward was given, under any of the names that transformers has for it."""
-    for name in ("cache", "past_key_values", "cache_params", "state"):
-        if arguments.get(name) is not None:
-            return arguments[name]
-    return None
-
-
-def holds_tokens(cache: Any) -> bool:
-    """Whether a forward continues a cache: decided without reading the device."""
-    if cache is None or isinstance(cache, list):  # RWKV has a list of states, and none before its first token
-        return cache is not None
-    # A static cache counts its tokens on the device; it is made for generation, never for packed training.
-    if getattr(cache, "is_compileable", False):
-        return True
-    if hasattr(cache, "has_previous_state"):
-        try:
-            if cache.has_previous_state():
-                return True
-        except (TypeError, ValueError, IndexError):  # none that tells, or none yet
-            pass
-    if getattr(cache, "linear_cache", None):  # MiniMax's states, beside the layers
-        return True
-    try:
-        return bool(cache.get_seq_length() > 0)
-    except (AttributeError, ValueError):  # a cache of recurrent states only
-        return False
 
 
 def sign(cache: Any, position_ids: Tensor, attention_mask: Any) -> None:
@@ -129,20 +119,15 @@ def sign(cache: Any, position_ids: Tensor, attention_mask: Any) -> None:
     cache.packattn_one_sequence_a_row = one_sequence_a_row(position_ids, attention_mask).all()
 
 
-def refuse_packed(cache: Any) -> None:
-    """Assert on the device that a cache to be continued was not filled by a packed forward."""
+def refuse_packed(conditions: Conditions, cache: Any) -> None:
+    """Require that a cache to be continued was not filled by a packed forward."""
     signed = getattr(cache, "packattn_one_sequence_a_row", None)
     if signed is not None:
-        torch._assert_async(
+        conditions.require(
             signed,
             "the cache comes from a packed forward: a token that continues it would see all sequences of the row. "
             "Pass use_cache=False with packed rows, and fill a cache from rows of one sequence each.",
         )
-
-
-def is_prepared(attention_mask: Any) -> bool:
-    """Whether masks were made before the forward, as generate does for static caches."""
-    return isinstance(attention_mask, dict) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
 
 
 def _or_padding(steps: Tensor, attention_mask: Any) -> Tensor:
@@ -153,8 +138,8 @@ def _or_padding(steps: Tensor, attention_mask: Any) -> Tensor:
     return steps | ~real[:, 1:] | ~real[:, :-1]
 
 
-def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
-    """Assert on the device that a forward over a cache is not packed."""
+def no_restarts(conditions: Conditions, position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
+    """Require that a forward over a cache is not packed."""
     n = tokens.shape[1]
     if not isinstance(position_ids, Tensor) or n == 1:
         return
@@ -163,8 +148,8 @@ def no_restarts(position_ids: Any, attention_mask: Any, tokens: Tensor) -> None:
         whole = whole | (whole.cumsum(1) == 0)
     elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] >= n:
         whole = _or_padding(whole, attention_mask[:, -n:])
-    torch._assert_async(
-        whole.all(),
+    conditions.require(
+        whole,
         "position_ids restart in a forward over a cache that is static or holds tokens: packattn isolates packed rows "
         "in forwards without one. Leave out the cache (past_key_values), or give one sequence a row.",
     )
@@ -185,15 +170,17 @@ def one_sequence_a_row(position_ids: Tensor, attention_mask: Any) -> Tensor:
     return _or_padding(position_ids.diff(dim=1) == 1, attention_mask).all(1)
 
 
-def no_loss_across(arguments: dict[str, Any], position_ids: Tensor, attention_mask: Any, shifts: bool) -> None:
-    """Assert on the device that nobody asks for a loss across the sequences of a packed row.
+def no_loss_across(
+    conditions: Conditions, arguments: dict[str, Any], position_ids: Tensor, attention_mask: Any, shifts: bool
+) -> None:
+    """Require that no loss is asked for across the sequences of a packed row.
 
     Args:
         position_ids: (rows, n). shifts: the model has a token predict the label of the next one.
     """
     if arguments.get("start_positions") is not None or arguments.get("end_positions") is not None:
-        torch._assert_async(
-            one_sequence_a_row(position_ids, attention_mask).all(),
+        conditions.require(
+            one_sequence_a_row(position_ids, attention_mask),
             "start_positions and end_positions ask for a loss over the tokens of a whole row, across the packed "
             "sequences. Leave them out, and compute the loss of each sequence from the logits.",
         )
@@ -206,8 +193,8 @@ def no_loss_across(arguments: dict[str, Any], position_ids: Tensor, attention_ma
         goes_on = (position_ids.diff(dim=1) == 1) & real[:, :-1]
         begins = real & F.pad(~goes_on, (1, 0), value=True)
         later = begins & (begins.cumsum(1) > 1)  # padding may stand before the first
-        torch._assert_async(
-            (~later[:, 1:] | (targets == -100)).all(),
+        conditions.require(
+            ~later[:, 1:] | (targets == -100),
             "labels have the last token of a sequence predict the first of the next one in its row. Set the label of "
             "every first token to -100, as packattn.PackingCollator does.",
         )
@@ -231,19 +218,19 @@ def no_transforms(active: bool) -> None:
         )
 
 
-def first_or_later(position_ids: Tensor, attention_mask: Any, first: int) -> None:
-    """Assert on the device that positions begin where the model's own do."""
+def first_or_later(conditions: Conditions, position_ids: Tensor, attention_mask: Any, first: int) -> None:
+    """Require that positions begin where the model's own do."""
     right = position_ids >= first
     if isinstance(attention_mask, Tensor):
         right = right | (attention_mask == 0)
-    torch._assert_async(
-        right.all(),
+    conditions.require(
+        right,
         f"position_ids hold values below {first}, where the positions of this model begin (the RoBERTa family counts "
         f"from after its padding index): use packattn.PackingCollator(start_position={first}).",
     )
 
 
-def check(tokens: Tensor, position_ids: Any, attention_mask: Any) -> None:
+def check(conditions: Conditions, tokens: Tensor, position_ids: Any, attention_mask: Any) -> None:
     """Raise on anything that packattn would have to guess about."""
     sdpa = F.scaled_dot_product_attention  # replaced while such a split lasts
     if not torch.compiler.is_compiling() and sdpa.__module__.startswith("torch.distributed"):
@@ -282,14 +269,14 @@ def check(tokens: Tensor, position_ids: Any, attention_mask: Any) -> None:
         if value.device != tokens.device:
             raise ValueError(f"{name} must be on the device of the input, {tokens.device}, got {value.device}.")
     if attention_mask is not None and attention_mask.dtype != torch.bool:
-        torch._assert_async(
-            ((attention_mask == 0) | (attention_mask == 1)).all(),
+        conditions.require(
+            (attention_mask == 0) | (attention_mask == 1),
             "attention_mask holds values other than 0 and 1. Sequences that are numbered in it (1, 1, 2, 2, ...) are "
             "one sequence to transformers: give position_ids that restart, or seq_idx.",
         )
 
 
-def given_sequences(arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:
+def given_sequences(conditions: Conditions, arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:
     """Positions, from 0, of the sequences that a caller gave by number or by cumulative length.
 
     Args:
@@ -318,14 +305,14 @@ def given_sequences(arguments: dict[str, Any], tokens: Tensor) -> Tensor | None:
         else:
             starts = Boundaries.from_cu_seqlens(value.to(tokens.device), rows * n).seq_start.view(rows, n)
             found[name] = torch.arange(rows * n, device=tokens.device).view(rows, n) - starts
-            torch._assert_async(
-                (found[name][:, 0] == 0).all(), f"{name} holds a sequence that goes on from one row into the next."
+            conditions.require(
+                found[name][:, 0] == 0, f"{name} holds a sequence that goes on from one row into the next."
             )
     if not found:
         return None
     first, *others = found
     for name in others:
-        torch._assert_async((found[name] == found[first]).all(), f"{name} and {first} say different sequences.")
+        conditions.require(found[name] == found[first], f"{name} and {first} say different sequences.")
     return found[first]
 
 
@@ -345,7 +332,7 @@ def goes_on_by_index(module: nn.Module | None, cache: Any) -> bool:
     return "position_ids" not in inspect.signature(type(module).forward).parameters
 
 
-def text_positions(planes: Tensor, given: Tensor | None, text_first: bool) -> Tensor:
+def text_positions(conditions: Conditions, planes: Tensor, given: Tensor | None, text_first: bool) -> Tensor:
     """Which positions say where the sequences lie, among several planes of them (M-RoPE).
 
     Args:
@@ -357,34 +344,51 @@ def text_positions(planes: Tensor, given: Tensor | None, text_first: bool) -> Te
     if given is not None:
         return given
     # Text has one position in all planes; the tokens of an image do not, and their planes do not rise by one.
-    torch._assert_async(
-        (planes == planes[:1]).all(),
-        f"position_ids of shape {tuple(planes.shape)} have planes (M-RoPE) that differ, from which packattn does not "
-        "guess where sequences begin. Say it by seq_idx (rows, n) or cu_seq_lens_q, or by the positions of the text "
-        "before the planes, (4, rows, n), where the model takes them.",
+    conditions.require(
+        planes == planes[:1],
+        f"position_ids {tuple(planes.shape)} have planes (M-RoPE) that differ and do not tell where sequences begin. "
+        "Say it by seq_idx (rows, n) or cu_seq_lens_q, or by a plane of text positions before them, (4, rows, n).",
     )
     return planes[0]
 
 
-def agree(position_ids: Tensor, given: Tensor, attention_mask: Any) -> None:
-    """Assert on the device that position_ids begin sequences where the caller said that they begin."""
+def no_text_positions_of_media(arguments: dict[str, Any], position_ids: Any, planes: bool) -> None:
+    """Raise where tokens of images or videos would get the positions of text.
+
+    Args:
+        arguments: of the forward. planes: the model turns keys by several planes of positions (M-RoPE).
+    """
+    if not planes or not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+        return
+    media = [name for name in _MEDIA if arguments.get(name) is not None]
+    if media:
+        raise ValueError(
+            f"position_ids of shape {tuple(position_ids.shape)} give the tokens of {media[0]} positions of text, but "
+            "this model places images by three planes of positions (M-RoPE). Give the planes that model.get_rope_index "
+            "makes of each sample, behind a plane of text positions that restart: (4, rows, n); or seq_idx (rows, n) "
+            "and no position_ids."
+        )
+
+
+def agree(conditions: Conditions, position_ids: Tensor, given: Tensor, attention_mask: Any) -> None:
+    """Require that position_ids begin sequences where the caller said that they begin."""
     steps = position_ids.diff(dim=1)
     right = (given.diff(dim=1) == 1) == (steps == 1)
     right = right | ((steps == 0) & (given.diff(dim=1) == 1))  # a dead segment, all of it at the first position
-    torch._assert_async(
-        _or_padding(right, attention_mask).all(),
+    conditions.require(
+        _or_padding(right, attention_mask),
         "seq_idx or cu_seq_lens begin other sequences than position_ids, which begin one wherever a position is not "
         "the previous one + 1. Let them agree, or leave one of them out.",
     )
 
 
-def same_sequences(inner: Any, outer: Tensor, attention_mask: Any) -> None:
-    """Assert on the device that a model around the layers hands on positions of the sequences that it was given."""
+def same_sequences(conditions: Conditions, inner: Any, outer: Tensor, attention_mask: Any) -> None:
+    """Require that a model around the layers hands on positions of the sequences that it was given."""
     if not isinstance(inner, Tensor) or inner.ndim != 2 or inner.shape[1] != outer.shape[1]:
         return
     right = (inner.diff(dim=1) == 1) == (outer.diff(dim=1) == 1)
-    torch._assert_async(
-        _or_padding(right, attention_mask).all(),
+    conditions.require(
+        _or_padding(right, attention_mask),
         "the model hands position_ids to its layers that begin other sequences than those that it was called with. "
         "Give it the position_ids of the packed row, or call packattn.patch on the model inside.",
     )

@@ -41,8 +41,8 @@ class Part(NamedTuple):
     Attributes:
         kind: "tokens": works token by token, or only calls other parts. "shifts": the same, with a loss that has a
             token predict the label of the next one. "attends": by transformers' attention interface. "similar" and
-            "equal": mixes along the row, and runs by sequence in these groups of `Layout`. "one": gives one result a sequence,
-            by sequence. "sequence": a model with one result of every row. "rows": proven on rows of one sequence.
+            "equal": mixes along the row, and runs by sequence in these groups of `Layout`. "one": gives one result a
+            sequence, by sequence. "sequence": a model with one result of every row. "rows": proven on rows of one sequence.
             "beside": never runs on the tokens of a row (towers for images).
         source: a hash of the source of its forward. why: it is "rows", in words; empty: because parts of it are.
     """

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from packattn.boundaries import boundaries
+from packattn.hf.cache import CACHES
+from packattn.hf.inputs import OF_SEQUENCES
 from packattn.mask import PackedMask
 
 # Rows of a group are padded to its longest; the share of padding in a group stays below this.
@@ -131,9 +133,9 @@ class Group:
             if value.shape in ((rows, n), (1, n)):
                 return self.take(value)
             raise self._no_token(name, value)
-        if name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
+        if name in OF_SEQUENCES:
             return None  # every row is one sequence
-        if isinstance(value, Cache) or name in ("use_cache", "cache", "past_key_values", "cache_params"):
+        if isinstance(value, Cache) or name in ("use_cache", *CACHES):
             return False if name == "use_cache" else None
         if isinstance(value, (tuple, list)):
             return type(value)(self.argument(name, part) for part in value)

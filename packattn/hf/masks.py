@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, masking_utils
 
 from packattn.attention import schedule
-from packattn.boundaries import Boundaries, boundaries
+from packattn.boundaries import Boundaries, no_hole, unchecked_boundaries
 from packattn.errors import UnsupportedMaskError
+from packattn.hf.conditions import Conditions
 from packattn.hf.running import RUNNING, past_the_hooks
 from packattn.mask import PackedMask, block_starts
 
@@ -87,14 +88,17 @@ def packed_mask(
 
 def _spans(mask_function: Callable[..., Tensor], carried: Tensor) -> PackedMask:
     position_ids, real = carried.unbind(1)
-    found = boundaries(position_ids, real)
+    found = unchecked_boundaries(position_ids, real)
     parts = _parts(mask_function)
     names = {name for name, _ in parts}
     windows = [value for name, value in parts if name.startswith("sliding_window")]
     window = min(windows) if windows else None
     blocks = next((value.flatten() for name, value in parts if name.endswith("blocks")), None)
+    conditions, running = Conditions(), None if torch.compiler.is_compiling() else RUNNING.get()
+    conditions.require(*no_hole(found))
     if blocks is not None:
-        _assert_whole(found, blocks)
+        conditions.require(*_one_run_of_each(found, blocks))
+    conditions.enforce(running is not None and running.first)
     plain = names - {"blocks", "outer_blocks"}
     if plain == {"causal"} or (plain == {"causal", "sliding_window"} and "outer_blocks" not in names):
         return PackedMask.causal(found, window=window, blocks=blocks)
@@ -175,17 +179,16 @@ def _ordered(
     return schedule(mask, heads_q=heads, heads_k=heads_k, head_dim=head_dim, dtype=dtype)
 
 
-def _assert_whole(found: Boundaries, blocks: Tensor) -> None:
-    """Assert on the device that no sequence holds a block twice: its tokens would see each other across a gap."""
+def _one_run_of_each(found: Boundaries, blocks: Tensor) -> tuple[Tensor, str]:
+    """The condition that no sequence holds a block twice, whose tokens would see each other across a gap."""
     index = torch.arange(blocks.numel(), device=blocks.device, dtype=torch.int32)
     begins = block_starts(found, index, blocks) & (blocks >= 0)
     runs = torch.where(begins, (found.seq_start.long() << 32) + blocks.long(), -1 - index.long())
-    torch._assert_async(
-        (runs.sort().values.diff() != 0).all(),
-        "a sequence holds two runs of tokens of one bidirectional block (a second image, or a prefix that is taken up "
-        "again), which see each other in this model: that is not one span of keys per token. Give it one run a "
-        "sequence, or train this model unpacked.",
+    message = (
+        "a sequence holds two runs of one bidirectional block (an image or prefix that is taken up again): that is not "
+        "one span of keys per token. Give it one run a sequence, or train this model unpacked."
     )
+    return runs.sort().values.diff() != 0, message
 
 
 def _with_whole_blocks(mask: PackedMask, found: Boundaries, blocks: Tensor) -> PackedMask:

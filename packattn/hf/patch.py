@@ -22,8 +22,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from packattn.errors import UnsupportedModelError
 from packattn.hf.by_sequence import by_sequence
+from packattn.hf.carry import Carry
+from packattn.hf.continuous import wrap_continuous_batching
 from packattn.hf.guard import Check, Mark
-from packattn.hf.hooks import NAME, Carry, Enter, Leave, entered, leaving
+from packattn.hf.hooks import NAME, Enter, Leave, entered, entering, leaving, with_padding_token
 from packattn.hf.inputs import EXPLICIT, modules_around, takes_rows
 from packattn.hf.plan import Plan, make_plan
 from packattn.hf.probe import Probe, first_by_structure, first_position
@@ -158,6 +160,7 @@ def patch(model: nn.Module, *, trusted: Collection[type] = ()) -> Patch:
     except BaseException:
         undo()
         raise
+    plan.first_forward = True  # those of the probe are not the user's
     plan.unchanged = Watch(model, plan, trusted).check
     _warn(model, plan)
     return Patch(model, plan, restore)
@@ -231,7 +234,11 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
         assert plan.stack is not None
         restore.append(_wrap(plan.stack, by_sequence, plan, plan.together))
     else:
-        for config in configs_of([*builders, *plan.entries]):
+        configs = configs_of([*builders, *plan.entries])
+        before = [(c, "sdpa" if c._attn_implementation == NAME else c._attn_implementation) for c in configs]
+        for entry in plan.entries:
+            restore += wrap_continuous_batching(entry, plan, before)
+        for config in configs:
             restore.append(_set_implementation(inner, config, NAME))
         for builder in builders:
             four = bool(re.search(r"attention_mask\.(view|reshape)\(", inspect.getsource(type(builder))))
@@ -247,11 +254,13 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
             restore.append(_wrap(entry, entered, plan))
         elif not plan.rows or entry is not plan.stack:
             restore.append(_wrap(entry, by_sequence, plan, plan.together))
+        restore.append(_wrap(entry, with_padding_token, plan))
     for module in dict.fromkeys([*plan.entries, *builders]):
         restore.append(module.register_forward_hook(Leave(plan), always_call=True).remove)
         if plan.needs_layout or "position_ids" not in inspect.signature(module.forward).parameters:
             lost = _lost(module, inner) if plan.needs_layout else frozenset()
             restore.append(_wrap(module, leaving, plan, lost))
+        restore.append(_wrap(module, entering, plan))
 
 
 def _lost(module: nn.Module, inner: nn.Module) -> frozenset[str]:

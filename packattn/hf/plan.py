@@ -82,11 +82,13 @@ class Plan:
         changed: classes of a transformers newer than the table that are not as it holds them.
         refused: reasons why the model cannot be isolated at all.
         first_position: where the model's own positions begin: 0, or 2 in the RoBERTa family.
+        planes: rotary embeddings take several planes of position_ids (M-RoPE).
         text_plane: of four planes of position_ids, the model takes the first as that of the text.
         shifts_labels: the loss of the model has a token predict the label of the next one.
         not_probed: why no small forward was run when the model was patched; empty: one was.
         unchanged: raises where the model is not made of the parts that were planned.
         results: by the name of an output of an unknown stack, whether it holds one value per token.
+        first_forward: no forward has come to its end since the patch: conditions are read on the host.
         removed: the patch was removed: a forward in which something else keeps a wrapper is the module's own again.
     """
 
@@ -102,11 +104,13 @@ class Plan:
     changed: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     first_position: int = 0
+    planes: bool = False
     text_plane: bool = False
     shifts_labels: bool = False
     not_probed: str = ""
     unchanged: Callable[[], None] = _nothing
     results: dict[str, bool] = field(default_factory=dict)
+    first_forward: bool = True
     removed: bool = False
 
     @property
@@ -160,6 +164,7 @@ def make_plan(model: nn.Module, trusted: Collection[type] = ()) -> Plan:
     plan.heads = [entry for entry in plan.entries if (part := part_of(entry, trusted)) and part.kind == "sequence"]
     plan.changed = sorted({type(m).__name__ for m, _, _ in parts if changed(m)})
     _place(parts, plan)
+    plan.planes = any("mrope_section" in (getattr(b.config, "rope_parameters", None) or {}) for _, b in plan.builders)
     if reasons := plan.rows + _reasons_for_rows(plan):
         plan.by_rows(list(dict.fromkeys(reasons)))
     return plan

@@ -150,7 +150,9 @@ def probe_late(plan: Plan, tokens: Tensor) -> None:
         return
     probe = Probe(plan, tokens.device)
     plan.not_probed = probe.missing
-    if problem := probe.problem():
+    problem = probe.problem()
+    plan.first_forward = True  # those of the probe are not the user's
+    if problem:
         raise RuntimeError(
             f"{problem}. The weights were not here when packattn.patch planned how to isolate packed sequences. Call "
             ".remove() of the Patch, and packattn.patch again now that they are; or train this model unpacked."

@@ -4,6 +4,7 @@ Windows, chunks, top-k of indexers, original context lengths and temperature flo
 row of some tens of tokens crosses all of them.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,14 @@ _OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xmod": {"default_language": "en_XX"},
-    "xlstm": {"embedding_dim": 64, "num_blocks": 2, "chunk_size": 8, "head_dim": 16, "num_heads": 2},
+    "xlstm": {
+        "hidden_size": 128,
+        "embedding_dim": 128,
+        "num_blocks": 2,
+        "chunk_size": 8,
+        "head_dim": 32,
+        "num_heads": 2,
+    },
     "blt": {"encoder_hash_byte_group_vocab": 99},
     "cohere_compass_text": {
         "rope_parameters": {
@@ -289,18 +297,36 @@ def _rope_dicts(parameters: object) -> list[dict[str, Any]]:
 
 
 def load(what: Path | str) -> PreTrainedModel:
-    """A saved model by its folder, or a tiny random one by its model type, in eval mode.
+    """A saved model by its folder or its name on the Hub, or a tiny random one by its model type, in eval mode.
 
     Raises:
-        ValueError: neither a folder nor a model type that transformers registers with a head or an encoder.
+        ValueError: none of the three.
     """
     transformers.logging.set_verbosity_error()
     if isinstance(what, Path):
-        config = AutoConfig.from_pretrained(what)
-        made = getattr(transformers, (config.architectures or [""])[0], AutoModel)
-        return made.from_pretrained(what).eval()  # type: ignore[no-any-return]
+        if not (what / "config.json").is_file():
+            found = "is a file" if what.is_file() else "holds no config.json"
+            raise ValueError(
+                f"{what} {found}. Give the folder that model.save_pretrained wrote, unpacked, the name of a model on "
+                "the Hub (owner/name), or a model type."
+            )
+        return _saved(what)
     for auto, names in FAMILIES.values():
         if what in names:
             torch.manual_seed(0)
             return getattr(transformers, auto).from_config(shrink(CONFIG_MAPPING[what])).eval()  # type: ignore[no-any-return]
-    raise ValueError(f"{what!r} is neither a folder with a saved model nor a model type that transformers registers.")
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", what) is None:
+        raise ValueError(f"there is no folder {what!r}.")
+    try:
+        return _saved(what)
+    except OSError as error:
+        raise ValueError(
+            f"{what!r} is neither a folder, nor a model type that transformers registers, nor a model on the Hub that "
+            f"can be read from here: {error}"
+        ) from error
+
+
+def _saved(what: Path | str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(what)
+    made = getattr(transformers, (config.architectures or [""])[0], AutoModel)
+    return made.from_pretrained(what).eval()  # type: ignore[no-any-return]

@@ -146,15 +146,19 @@ def verify(
             if report.leak[style] > 0 and report.first_leak is None:
                 found = (_first_leak(model, x, other_x, position_ids, span, extra(ids)) for span in spans)
                 report.first_leak = next((name for name in found if name is not None), None)
-        report.gradient_leak = _gradient_leak(model, x, position_ids, spans)
-        packed = _outputs_and_gradients(model, [x], [position_ids])
+        # Caches have no gradients (RWKV's is changed in place), and layers that are checkpointed from outside would add
+        # to one twice. With an all-ones attention_mask transformers leaks without a cache too.
+        no_cache = {"use_cache": False}
+        masked = no_cache | {"attention_mask": torch.ones_like(ids)}
+        report.gradient_leak = _gradient_leak(model, x, position_ids, spans, masked)
+        packed = _outputs_and_gradients(model, [x], [position_ids], masked)
         rows = [x[:, span] for span in spans], [position_ids[:, span] for span in spans]
         with _eager(pretrained):
-            alone = _outputs_and_gradients(model, *rows)
+            alone = _outputs_and_gradients(model, *rows, no_cache)
             eps = torch.finfo(x.dtype).eps
             signs = torch.randint(2, x.shape, generator=generator).to(x) * 2 - 1
             rounded = x * (1 + eps * signs)
-            moved = _outputs_and_gradients(model, [rounded[:, span] for span in spans], rows[1])
+            moved = _outputs_and_gradients(model, [rounded[:, span] for span in spans], rows[1], no_cache)
         report.parity = _differences(packed, alone)
         # A rounding may by chance cancel in a tiny model; one eps is what nobody can expect to beat.
         report.noise = {name: max(value, eps) for name, value in _differences(moved, alone).items()}
@@ -237,9 +241,11 @@ def _first_leak(
     return found[0] if found else None
 
 
-def _gradient_leak(model: nn.Module, x: Tensor, position_ids: Tensor, spans: list[slice]) -> float:
+def _gradient_leak(
+    model: nn.Module, x: Tensor, position_ids: Tensor, spans: list[slice], extra: dict[str, Any]
+) -> float:
     x = x.requires_grad_()
-    output, worst = _output(model, x, position_ids, {}), 0.0
+    output, worst = _output(model, x, position_ids, extra), 0.0
     for span in spans:
         (gradient,) = torch.autograd.grad(output[:, span].float().square().sum(), x, retain_graph=True)
         gradient[:, span] = 0
@@ -248,9 +254,11 @@ def _gradient_leak(model: nn.Module, x: Tensor, position_ids: Tensor, spans: lis
     return worst
 
 
-def _outputs_and_gradients(model: nn.Module, xs: list[Tensor], positions: list[Tensor]) -> dict[str, list[Tensor]]:
+def _outputs_and_gradients(
+    model: nn.Module, xs: list[Tensor], positions: list[Tensor], extra: dict[str, Any]
+) -> dict[str, list[Tensor]]:
     """Outputs of all rows end to end, and the gradients of their mean square."""
-    outputs = torch.cat([_output(model, x, p, {}) for x, p in zip(xs, positions, strict=True)], 1)
+    outputs = torch.cat([_output(model, x, p, extra) for x, p in zip(xs, positions, strict=True)], 1)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients: list[Tensor] = []
     if parameters:

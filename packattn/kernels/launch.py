@@ -144,7 +144,7 @@ def _order_of(order: Tensor | None, plan: Plan, tokens: int, tokens_k: int) -> t
     return forward, dq, dkdv
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     reasons = []
     if q.device.type == "cpu" and isinstance(_fwd_kernel, triton.runtime.JITFunction):
         reasons.append("the tensors are on the CPU, where Triton runs only in its interpreter")
@@ -158,7 +158,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> None:
     rows = q.shape[0] * q.shape[1] // k.shape[1]
     if rows > 2**31 - 256:
         reasons.append(f"{rows} pairs of a token and a head of its group, which 32-bit numbers do not count")
-    stride = max(x.stride(0) for x in (q, k, v, *others))
+    stride = max(x.stride(0) for x in (q, k, v))
     if stride >= _STRIDE_LIMIT:
         reasons.append(f"a token stride of {stride} elements, of which a tile would need 64-bit offsets; copy the view")
     if reasons:
@@ -233,7 +233,9 @@ def backward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator `attention_backward_triton`; arguments as in `packattn.schemas`."""
-    _check(q, k, v, dout)
+    _check(q, k, v)
+    if dout.stride(0) >= _STRIDE_LIMIT:  # which autograd decides, and no caller can help
+        dout = dout.contiguous()
     tokens, heads, _ = q.shape
     tokens_k, heads_k, _ = k.shape
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
