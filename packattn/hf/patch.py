@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from packattn.data.examples import PACKING_COLUMNS
 from packattn.errors import UnsupportedModelError
 from packattn.hf.by_sequence import by_sequence
 from packattn.hf.carry import Carry
@@ -304,8 +305,10 @@ def _set_implementation(model: nn.Module, config: PreTrainedConfig, name: str) -
 class _Forward(partial[Any]):
     """What stands in the place of a forward, with the signature of that.
 
-    Trainer drops columns that the signature does not name. It reads of every patched model that it takes position_ids,
-    or packed rows of a data set would lose their boundaries (Mamba, BLOOM). generate does not, which would make some.
+    Trainer drops columns that the signature does not name. It reads of every patched model that it takes the columns
+    that say where sequences lie and what is a target: without position_ids packed rows would lose their boundaries
+    (Mamba, BLOOM), without completion_mask prompts would be trained on. generate reads the own signature, since it would
+    make position_ids.
     """
 
     own_signature: inspect.Signature
@@ -316,11 +319,12 @@ class _Forward(partial[Any]):
         while frame is not None and frame.f_code.co_name != "_set_signature_columns_if_needed":
             frame = frame.f_back
         parameters = dict(self.own_signature.parameters)
-        if frame is None or "position_ids" in parameters:
+        if frame is None:
             return self.own_signature
         rest = [parameters.pop(name) for name, p in self.own_signature.parameters.items() if p.kind is p.VAR_KEYWORD]
-        named = inspect.Parameter("position_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
-        return self.own_signature.replace(parameters=[*parameters.values(), named, *rest])
+        for name in PACKING_COLUMNS:
+            parameters.setdefault(name, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
+        return self.own_signature.replace(parameters=[*parameters.values(), *rest])
 
 
 def _wrap(module: nn.Module, wrapper: Callable[..., Any], *options: Any) -> Callable[[], None]:
