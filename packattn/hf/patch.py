@@ -307,8 +307,8 @@ class _Forward(partial[Any]):
 
     Trainer drops columns that the signature does not name. It reads of every patched model that it takes the columns
     that say where sequences lie and what is a target: without position_ids packed rows would lose their boundaries
-    (Mamba, BLOOM), without completion_mask prompts would be trained on. generate reads the own signature, since it would
-    make position_ids.
+    (Mamba, BLOOM), without completion_mask prompts would be trained on. generate reads the own signature, since it
+    would make position_ids.
     """
 
     own_signature: inspect.Signature
