@@ -36,11 +36,12 @@ class Check:
         running = None if torch.compiler.is_compiling() else RUNNING.get()
         if isinstance(carried, Tensor) and is_carried(carried):
             output = _as_given(output, carried[:, 1].long() if running is None else running.real)
-            for part in output.values() if isinstance(output, ModelOutput) else output:
-                if isinstance(part, Cache):
-                    sign(part, *carried.unbind(1))
-            if not any(kind == "one" for _, _, kind in self.plan.by_sequence):
-                output = _no_result_of_a_packed_row(carried, output)
+            if running is None or not running.plainly_unpacked:
+                for part in output.values() if isinstance(output, ModelOutput) else output:
+                    if isinstance(part, Cache):
+                        sign(part, *carried.unbind(1))
+                if not any(kind == "one" for _, _, kind in self.plan.by_sequence):
+                    output = _no_result_of_a_packed_row(carried, output)
         if running is None or not running.packed:
             return output
         idle = {id(layer): name for name, layer in self.plan.attention if id(layer) not in running.entered}

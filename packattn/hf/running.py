@@ -47,6 +47,11 @@ class Running:
     ran: set[int] = field(default_factory=set)
 
     @property
+    def plainly_unpacked(self) -> bool:
+        """Whether every row is one sequence without padding, which no value has to be looked at for."""
+        return self.counted and self.real is None
+
+    @property
     def first(self) -> bool:
         """Whether this is the first forward of a patched model, which may wait for the device."""
         return self.plan is not None and self.plan.first_forward
