@@ -73,6 +73,7 @@ _LIBRARIES = {
     "deepspeed.runtime.engine.DeepSpeedEngine": "tokens",
     "bitsandbytes.nn.modules.Linear4bit": "tokens",
     "peft.tuners.lora.bnb.Linear4bit": "tokens",
+    "trl.trainer.grpo_trainer.GRPOTrainer.__init__.<locals>.cast_forward_to_fp32": "tokens",
     "liger_kernel.transformers.model.llama.lce_forward": "shifts",
     "liger_kernel.transformers.rms_norm.LigerRMSNorm": "tokens",
     "liger_kernel.transformers.swiglu.LigerSwiGLUMLP": "tokens",

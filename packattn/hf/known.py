@@ -29,6 +29,7 @@ _LIBRARIES = {
     "packattn",
     "functools",
     "builtins",
+    "trl",
 }
 _LOSSES = {"loss_function", "_loss_function"}
 # Whose tensors hold weights and nothing else; those of other libraries may compute in ways of their own.
@@ -42,8 +43,8 @@ class Part(NamedTuple):
         kind: "tokens": works token by token, or only calls other parts. "shifts": the same, with a loss that has a
             token predict the label of the next one. "attends": by transformers' attention interface. "similar" and
             "equal": mixes along the row, and runs by sequence in these groups of `Layout`. "one": gives one result a
-            sequence, by sequence. "sequence": a model with one result of every row. "rows": proven on rows of one sequence.
-            "beside": never runs on the tokens of a row (towers for images).
+            sequence, by sequence. "sequence": a model with one result of every row. "rows": proven on rows of one
+            sequence. "beside": never runs on the tokens of a row (towers for images).
         source: a hash of the source of its forward. why: it is "rows", in words; empty: because parts of it are.
     """
 
@@ -85,6 +86,8 @@ def part_of(module: nn.Module, trusted: Collection[type] = ()) -> Part | None:
     part = table().get(name_of(function))
     if part is None or any(_changes(module, definer, _reached(definer, function))):
         return None
+    if part.kind == "attends" and transformers.__version__ != _file()["transformers"] and not calls_interface(module):
+        return Part("rows", "", "computes attention itself")  # as some did before they took up the interface
     if _is_of_torch(function):
         if isinstance(module, PreTrainedModel):  # that has no forward: its methods are called for images
             return Part("beside")
