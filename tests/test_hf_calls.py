@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from tiny_models import SMALL, alone, assert_close, make, packed_row, spans
+from tiny_models import LENGTHS, SMALL, alone, assert_close, make, packed_row, spans
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -433,3 +433,52 @@ def test_law_1_a_row_longer_than_the_longest_sequence(name):
         expected = alone(model, batch, lengths)
         with patched(model):
             assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_law_1_a_model_that_gives_out_its_attention_mask(compiled):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    made = transformers.Qwen2AudioForConditionalGeneration
+    model, batch = made(shrink(made.config_class)).eval(), packed_row("llama")
+    ids, mask = batch["input_ids"], torch.ones_like(batch["input_ids"])
+    given = {"input_ids": ids, "position_ids": batch["position_ids"]}
+    with torch.no_grad():
+        logits = alone(model, batch)
+        with packattn.patch(model):
+            call = torch.compile(model, backend="eager") if compiled else model
+            for more in ({}, {"attention_mask": mask}):
+                found = call(**batch, **more)
+                assert_close(found.loss, torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:]))
+                assert found.attention_mask is None or torch.equal(found.attention_mask, mask)
+            _, *rest = model.model(**given, attention_mask=mask, return_dict=False, use_cache=False)
+            assert [part.shape for part in rest if isinstance(part, torch.Tensor)] == [mask.shape]
+
+
+@pytest.mark.parametrize("how", ["eager", "tuple", "compiled"])
+def test_a_model_around_the_layers_has_no_result_of_a_packed_row(how):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    made = transformers.AltCLIPTextModel
+    model, batch = made(shrink(made.config_class)).eval(), packed_row("roberta")
+    with torch.no_grad():
+        expected = model(input_ids=batch["input_ids"]).pooler_output
+        with packattn.patch(model):
+            call = torch.compile(model, backend="eager", fullgraph=True) if how == "compiled" else model
+            given = {"return_dict": False} if how == "tuple" else {}
+            assert call(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **given)[1].isnan().all()
+            assert_close(call(input_ids=batch["input_ids"], **given)[1], expected)
+
+
+def test_law_1_two_dimensional_convolutions_along_the_row():
+    from transformers.models.sam3_lite_text import modeling_sam3_lite_text as sam3
+
+    config = shrink(sam3.Sam3LiteTextTextModel.config_class)
+    config.num_hidden_layers = 2
+    torch.manual_seed(0)
+    model, batch = sam3.Sam3LiteTextTextModel(config).eval(), packed_row("llama")
+    with torch.no_grad():
+        parts = [model(input_ids=batch["input_ids"][:, span]).last_hidden_state for span in spans(LENGTHS)]
+        with patched(model):
+            found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).last_hidden_state
+    assert_close(found, torch.cat(parts, 1))

@@ -12,7 +12,7 @@ from packattn.hf.cache import cache_of, is_paged
 from packattn.hf.conditions import Conditions
 from packattn.hf.hooks import NAME, prepare
 from packattn.hf.inputs import as_called, same_sequences, tokens_of
-from packattn.hf.masks import Carried, carry
+from packattn.hf.masks import Carried, carry, is_carried
 from packattn.hf.plan import Plan
 from packattn.hf.running import RUNNING, Running, keep_running_in_checkpoints
 from packattn.mask import PackedMask
@@ -56,8 +56,11 @@ class Carry:
             return None
         if running is None:  # compiled, or called without the model around it
             _assert_unchanged(self.plan)
-            running = Running(plan=self.plan)
-            if not prepare(running, arguments, tokens):
+            running, given = Running(plan=self.plan), arguments.get("attention_mask")
+            if isinstance(given, Tensor) and is_carried(given):  # by a builder around this one
+                running.position_ids, running.real = given[:, 0].long(), given[:, 1]
+                running.packed = True
+            elif not prepare(running, arguments, tokens):
                 return None
         if not running.packed or running.position_ids is None:
             return None

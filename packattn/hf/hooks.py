@@ -213,7 +213,9 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     running.position_ids = position_ids.expand(rows, -1)
     running.real = attention_mask.expand(rows, -1) if attention_mask is not None else None
     running.packed = True
-    no_loss_across(conditions, arguments, running.position_ids, running.real, plan is not None and plan.shifts_labels)
+    if not running.plainly_unpacked:
+        shifts = plan is not None and plan.shifts_labels
+        no_loss_across(conditions, arguments, running.position_ids, running.real, shifts)
     conditions.enforce(running.first)
     if running.plan is not None and running.plan.needs_layout:
         refuse_trace()

@@ -20,11 +20,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from packattn.data.examples import PACKING_COLUMNS
 from packattn.errors import UnsupportedModelError
 from packattn.hf.by_sequence import by_sequence
 from packattn.hf.carry import Carry
 from packattn.hf.continuous import wrap_continuous_batching
-from packattn.hf.guard import Check, Mark
+from packattn.hf.guard import Check, CheckResult, Mark
 from packattn.hf.hooks import NAME, Enter, Leave, entered, entering, leaving, with_padding_token
 from packattn.hf.inputs import EXPLICIT, modules_around, takes_rows
 from packattn.hf.plan import Plan, make_plan
@@ -245,6 +246,10 @@ def _apply(plan: Plan, restore: list[Callable[[], None]]) -> None:
             carry = Carry(plan, list(inspect.signature(builder.forward).parameters), four)
             restore.append(builder.register_forward_pre_hook(carry, with_kwargs=True).remove)
         restore.append(builders[0].register_forward_hook(Check(plan), with_kwargs=True).remove)
+        for entry in plan.entries:
+            if entry not in builders:
+                check = CheckResult(plan, list(inspect.signature(entry.forward).parameters))
+                restore.append(entry.register_forward_hook(check, with_kwargs=True).remove)
         for _, module in plan.attention:
             restore.append(module.register_forward_pre_hook(Mark()).remove)
         for _, module, kind in plan.by_sequence:
@@ -300,8 +305,10 @@ def _set_implementation(model: nn.Module, config: PreTrainedConfig, name: str) -
 class _Forward(partial[Any]):
     """What stands in the place of a forward, with the signature of that.
 
-    Trainer drops columns that the signature does not name. It reads of every patched model that it takes position_ids,
-    or packed rows of a data set would lose their boundaries (Mamba, BLOOM). generate does not, which would make some.
+    Trainer drops columns that the signature does not name. It reads of every patched model that it takes the columns
+    that say where sequences lie and what is a target: without position_ids packed rows would lose their boundaries
+    (Mamba, BLOOM), without completion_mask prompts would be trained on. generate reads the own signature, since it
+    would make position_ids.
     """
 
     own_signature: inspect.Signature
@@ -312,11 +319,12 @@ class _Forward(partial[Any]):
         while frame is not None and frame.f_code.co_name != "_set_signature_columns_if_needed":
             frame = frame.f_back
         parameters = dict(self.own_signature.parameters)
-        if frame is None or "position_ids" in parameters:
+        if frame is None:
             return self.own_signature
         rest = [parameters.pop(name) for name, p in self.own_signature.parameters.items() if p.kind is p.VAR_KEYWORD]
-        named = inspect.Parameter("position_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
-        return self.own_signature.replace(parameters=[*parameters.values(), named, *rest])
+        for name in PACKING_COLUMNS:
+            parameters.setdefault(name, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
+        return self.own_signature.replace(parameters=[*parameters.values(), *rest])
 
 
 def _wrap(module: nn.Module, wrapper: Callable[..., Any], *options: Any) -> Callable[[], None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from packattn.boundaries import boundaries
 from packattn.hf.patch import configs_of, is_patched
@@ -110,12 +110,13 @@ def verify(
             is 0, or 2 in the RoBERTa family.
 
     Raises:
-        TypeError: no transformers model. ValueError: fewer than two sequences, or an empty one.
+        TypeError: no transformers model. ValueError: fewer than two sequences, or an empty one; a model that does not
+            run on inputs_embeds and position_ids alone.
     """
     pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not pretrained:
         raise TypeError(f"model must be or hold a transformers PreTrainedModel, got {type(model).__name__}.")
-    embed = pretrained[0].get_input_embeddings()
+    embed = _embeddings(pretrained[0])
     device, vocabulary = embed.weight.device, embed.weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
     if batch is not None:
@@ -135,11 +136,12 @@ def verify(
         type(pretrained[0]).__name__,
         is_patched(model),
         tuple(lengths),
-        routed=any(getattr(config, name, None) for config in configs_of(pretrained) for name in _EXPERTS),
+        routed=any(_routes(config) for config in configs_of(pretrained)),
     )
     # Embeddings are given in place of ids, so that gradients at them can be asked for.
     x, other_x = embed(ids).detach(), embed(other_ids).detach()
     with _undisturbed(model):
+        _assert_probed(model, x, position_ids)
         for style, extra in _STYLES.items():
             report.leak[style] = _leak(model, x, other_x, position_ids, spans, extra(ids))
         for style, extra in _STYLES.items():
@@ -165,12 +167,43 @@ def verify(
     return report
 
 
+def _routes(config: PreTrainedConfig) -> bool:
+    inner = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]  # DBRX
+    return any(getattr(part, name, None) for part in [config, *inner] for name in _EXPERTS)
+
+
+def _embeddings(model: PreTrainedModel) -> nn.Embedding:
+    try:
+        embeddings: Any = model.get_input_embeddings()
+    except NotImplementedError:
+        embeddings = None
+    if not isinstance(getattr(embeddings, "weight", None), Tensor):
+        raise ValueError(f"verify cannot probe {type(model).__name__}, which has no table of token embeddings.")
+    table: nn.Embedding = embeddings
+    return table
+
+
+@torch.no_grad()
+def _assert_probed(model: nn.Module, x: Tensor, position_ids: Tensor) -> None:
+    """Raise where the model's own code needs something else than verify gives it."""
+    try:
+        _output(model, x, position_ids, {})
+    except (TypeError, AttributeError, ValueError, LookupError, RuntimeError) as error:
+        if "packattn" in str(error):
+            raise
+        raise ValueError(
+            f"verify gives inputs_embeds and position_ids to a model, on which {type(model).__name__} fails with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def _output(model: nn.Module, x: Tensor, position_ids: Tensor, extra: dict[str, Any]) -> Tensor:
     """Logits (or the last hidden state), (rows, n, channels)."""
     for module in model.modules():
         forget(module)
     pretrained = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    result = model(inputs_embeds=x, position_ids=position_ids, **beside_text(pretrained, x), **extra)
+    # A copy: CTRL scales its embeddings in place.
+    result = model(inputs_embeds=x.clone(), position_ids=position_ids, **beside_text(pretrained, x), **extra)
     found: Tensor = result.logits if "logits" in result else result.last_hidden_state
     return found
 
