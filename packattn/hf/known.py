@@ -176,9 +176,19 @@ def inner(function: Any) -> Callable[..., Any]:
             function = function.args[1] if ours else function.func
         elif around is not None and _root(function) in _LIBRARIES:
             function = around
+        elif "original_forward" in (names := _closes_over(function)):  # of tensor parallelism
+            function = names["original_forward"]
         else:
             found: Callable[..., Any] = function
             return found
+
+
+def _closes_over(function: Any) -> dict[str, Any]:
+    """What a function that transformers puts around a forward closes over, by name."""
+    if not _home(function).startswith("transformers.distributed."):
+        return {}
+    cells = (cell.cell_contents for cell in function.__closure__ or ())
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
 
 
 def _home(function: Any) -> str:
