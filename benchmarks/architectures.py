@@ -68,7 +68,7 @@ def _minilm() -> nn.Module:
 
 
 # What a call needs beside tokens and positions, from its token ids and the index of each in its sequence.
-_BESIDE: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
+BESIDE: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
     "bros": lambda ids, index: {"bbox": torch.stack([ids, ids, ids + 5, ids + 5], -1) / 100},
     "molmo2": lambda ids, index: {"mm_token_type_ids": torch.zeros_like(ids)},
     "paligemma": lambda ids, index: {"token_type_ids": (index >= 3).long()},  # a prefix of three tokens
@@ -89,14 +89,19 @@ FAMILIES = tiny.FAMILIES | {"pretrained": ("real weights", PRETRAINED)}
 def build(family: str, name: str) -> nn.Module:
     """The model, always with the same weights; nothing is drawn at random in training."""
     model = PRETRAINED[name]() if family == "pretrained" else _tiny(family, name)
+    return quiet(model).float().eval()
+
+
+def quiet(model: nn.Module) -> nn.Module:
+    """The model, with nothing that is drawn at random in training."""
     for module in model.modules():
-        for field in _RANDOM:
+        for field in RANDOM:
             if isinstance(vars(module).get(field), float):
                 setattr(module, field, 0.0)
-    return model.float().eval()
+    return model
 
 
-_RANDOM = (
+RANDOM = (
     "p", "dropout", "attention_dropout", "dropout_p", "activation_dropout", "layerdrop", "dropout_prob",
     "router_jitter_noise", "input_jitter_noise",  # experts are drawn among those that are this close
 )  # fmt: skip
@@ -106,19 +111,21 @@ def _tiny(family: str, name: str) -> nn.Module:
     torch.manual_seed(0)
     config = tiny.shrink(CONFIG_MAPPING[name])
     config.update(_IN_FAMILY.get(family, {}))
-    model = getattr(transformers, FAMILIES[family][0]).from_config(config)
+    return randomize(getattr(transformers, FAMILIES[family][0]).from_config(config))
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """The model in eval mode, with random numbers for weights that are all one: a leak must not hide behind zeros."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.numel() and not bool(torch.isfinite(parameter).all()):
+            if not parameter.is_floating_point() or not parameter.numel():
+                continue
+            if not bool(torch.isfinite(parameter).all()):
                 parameter.normal_(0, 0.1)
-            elif (
-                parameter.is_floating_point()
-                and parameter.numel()
-                and bool((parameter == parameter.flatten()[0]).all())
-            ):
-                parameter.add_(torch.randn_like(parameter) * 0.1)  # a leak must not hide behind zeros
-    return model
+            elif bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return quiet(model).float().eval()
 
 
 class Case:
@@ -126,7 +133,7 @@ class Case:
 
     def __init__(self, family: str, model: nn.Module) -> None:
         self.family, self.model, self.patch = family, model, None
-        self.beside = _BESIDE.get(model.config.model_type, lambda ids, index: {})
+        self.beside = BESIDE.get(model.config.model_type, lambda ids, index: {})
         builders = make_plan(model).builders
         self.start = first_position(builders[-1][1]) if builders else 0
         generator = torch.Generator().manual_seed(0)
@@ -216,7 +223,7 @@ class Case:
             at = 0
             for n, alone in zip(row_lengths, self.alone[row], strict=False):
                 piece = output[row : row + 1, at : at + n]
-                worst = max(worst, _difference(piece, alone))
+                worst = max(worst, difference(piece, alone))
                 scalar = scalar + (piece.float() * self.cotangent[row : row + 1, at : at + n]).sum()
                 at += n
         if not worst <= TOLERANCE:
@@ -227,7 +234,7 @@ class Case:
         alone = [entry for row, row_lengths in enumerate(lengths) for entry in self.alone[row][: len(row_lengths)]]
         if output.shape[0] != len(alone):
             return "silent", f"{output.shape[0]} rows of logits for {len(alone)} sequences"
-        worst = max(_difference(one, other) for one, other in zip(output.split(1), alone, strict=True))
+        worst = max(difference(one, other) for one, other in zip(output.split(1), alone, strict=True))
         starts = [
             (row, sum(row_lengths[:i])) for row, row_lengths in enumerate(lengths) for i in range(len(row_lengths))
         ]
@@ -257,9 +264,9 @@ class Case:
         parts, expected = {"several rows": 3, "padded tail": 2}.get(style, 1), {}
         for part in self.expected[:parts]:
             _add(expected, part)
-        relative = _relative(self._backward(scalar) if reentrant else self.gradients(scalar), expected)
-        if relative <= 4 * TOLERANCE:
-            return "exact", f"{worst:.0e}, gradients {relative:.0e}"
+        off = relative(self._backward(scalar) if reentrant else self.gradients(scalar), expected)
+        if off <= 4 * TOLERANCE:
+            return "exact", f"{worst:.0e}, gradients {off:.0e}"
         if "checkpointing" in style:
             self.patch.remove()
             output, first = self.output(input_ids=self.ids[:1, : ROWS[0][0]]), slice(0, ROWS[0][0])
@@ -267,14 +274,14 @@ class Case:
             plain = (output * cotangent).sum()
             found = self._backward(plain) if reentrant else self.gradients(plain)
             self.model.gradient_checkpointing_disable()
-            plain = _relative(found, self._run_alone(0, first)[1])
+            plain = relative(found, self._run_alone(0, first)[1])
             self.patch = packattn.patch(self.model)
             if plain > 4 * TOLERANCE:
                 return "exact", f"{worst:.0e}; plain transformers' gradients differ from its own by {plain:.0e} so"
-        return "silent", f"gradients differ by {relative:.1e}, outputs by {worst:.1e}"
+        return "silent", f"gradients differ by {off:.1e}, outputs by {worst:.1e}"
 
 
-def _relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     norm = sum(g.double().square().sum() for g in expected.values()) ** 0.5
     total = 0.0
     for name in {*found, *expected}:
@@ -284,7 +291,7 @@ def _relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float(total**0.5 / norm)
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape:
         return float("inf")
     scale = other.abs().max().item()
@@ -438,6 +445,7 @@ def table(entries: dict[tuple[str, str], dict]) -> str:
         "and three models with real weights: logits and gradients of packed rows under `packattn.patch` against",
         "the sequences run alone, in eight call styles:",
         f"{', '.join(STYLES)}.",
+        "Models with towers for images or sound are probed with text alone.",
         "Windows, chunks, top-k and original context lengths are shorter than the sequences. Measured by",
         "`python -m benchmarks.architectures --again`, written by `--table`.",
         "",

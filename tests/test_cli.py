@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import packattn
-from packattn import __main__, info, ops, requirements, selftest
+from packattn import cli, info, ops, requirements, selftest
 
 
 def test_info_names_what_is_missing_and_what_it_costs(monkeypatch):
@@ -79,11 +79,11 @@ def test_a_gpu_is_not_verified_until_the_selftest_has_passed(monkeypatch, tmp_pa
     assert "not verified on this GPU; run `python -m packattn selftest`" in info.report()
 
     monkeypatch.setattr(selftest, "run_all", lambda backend, device: iter([("a case", "wrong by 1")]))
-    assert __main__.run_selftest() == 1
+    assert cli.run_selftest() == 1
     assert "not verified" in info.report()
 
     monkeypatch.setattr(selftest, "run_all", lambda backend, device: iter([("a case", None)]))
-    assert __main__.run_selftest() == 0
+    assert cli.run_selftest() == 0
     assert "verified on 20" in info.report()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another GPU")
     assert "not verified" in info.report()
@@ -92,7 +92,7 @@ def test_a_gpu_is_not_verified_until_the_selftest_has_passed(monkeypatch, tmp_pa
 def test_selftest_reports_what_fails(monkeypatch, capsys):
     monkeypatch.setattr(selftest, "CASES", selftest.CASES[:2])
     monkeypatch.setattr(sys, "argv", ["packattn", "selftest"])
-    assert __main__.main() == 0
+    assert cli.main() == 0
     assert "torch on cpu: " in capsys.readouterr().out
     monkeypatch.setattr(selftest, "check_isolation", lambda *_: 1 / 0)
     problems = dict(selftest.run_all("torch", "cpu"))
@@ -110,12 +110,12 @@ def test_a_launch_happens_on_the_device_of_its_tensors(monkeypatch):
 
 def test_verify_shows_the_leak_of_plain_transformers_and_its_end(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["packattn", "verify", "llama", "--plain", "--lengths", "4", "6"])
-    assert __main__.main() == 1
+    assert cli.main() == 1
     printed = capsys.readouterr().out
     assert "NOT ISOLATED" in printed
     assert "the first layer that leaks: model.layers.0.self_attn (LlamaAttention)" in printed
     monkeypatch.setattr(sys, "argv", ["packattn", "verify", "llama", "--lengths", "4", "6"])
-    assert __main__.main() == 0
+    assert cli.main() == 0
     assert "isolated and exact" in capsys.readouterr().out
 
 
@@ -135,7 +135,7 @@ def test_verify_says_why_it_cannot_be_done_and_nothing_else(what, reason, capsys
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.gz").write_bytes(b"\x1f\x8b")
     monkeypatch.setattr(sys, "argv", ["packattn", "verify", what])
-    assert __main__.main() == 1
+    assert cli.main() == 1
     printed = capsys.readouterr()
     assert printed.err.startswith(reason)
     assert not printed.out
@@ -153,6 +153,6 @@ def test_verify_takes_a_name_of_the_hub(capsys, monkeypatch, tmp_path):
         transformers.LlamaForCausalLM, "from_pretrained", classmethod(lambda cls, name: of_folder(cls, tmp_path))
     )
     monkeypatch.setattr(sys, "argv", ["packattn", "verify", "some/Model-1.5_b", "--lengths", "4", "6"])
-    assert __main__.main() == 0
+    assert cli.main() == 0
     assert asked == ["some/Model-1.5_b"]
     assert "isolated and exact" in capsys.readouterr().out

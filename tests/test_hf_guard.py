@@ -50,7 +50,9 @@ def test_law_3_a_layer_that_bypasses_the_interface_is_named(checkpointing):
             model.enable_input_require_grads()
         model(**batch).loss.backward()
         model.model.layers[1].self_attn.__class__ = Bypass
-        with pytest.raises(RuntimeError, match=r"did not run in layers\.1\.self_attn"):
+        with pytest.raises(
+            RuntimeError, match=r"layers\.1\.self_attn \(.*Bypass\): changed or put into the model after"
+        ):
             model(**batch)
 
 
@@ -93,7 +95,8 @@ def test_law_3_a_cache_filled_by_a_packed_forward_cannot_be_continued(given, com
         call = torch.compile(model, backend="eager") if compiled else model
         extra = {"past_key_values": DynamicCache(config=model.config)} if given else {"use_cache": True}
         cache = call(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **extra).past_key_values
-        with pytest.raises(ValueError, match="the cache comes from a packed forward"):
+        # Values are read on the host in eager mode, and asserted in a graph.
+        with pytest.raises(RuntimeError if compiled else ValueError, match="the cache comes from a packed forward"):
             call(input_ids=one_more, past_key_values=cache)
         whole = call(input_ids=batch["input_ids"], use_cache=True).past_key_values
         found = call(input_ids=one_more, past_key_values=whole).logits
@@ -156,7 +159,7 @@ def test_law_3_a_compiled_forward_past_the_hooks_over_a_static_cache_raises():
     given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     with packattn.patch(model), torch.no_grad():
         forward = torch.compile(model.model.forward, backend="eager")
-        with pytest.raises(ValueError, match="position_ids restart in a forward over a cache"):
+        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
             forward(**given, past_key_values=StaticCache(config=model.config, max_cache_len=64))
 
 
@@ -187,7 +190,7 @@ def test_law_3_recomputing_a_mixer_without_its_boundaries_raises():
     layer.forward = lambda *args, **kwargs: torch.utils.checkpoint.checkpoint(
         forward, *args, use_reentrant=False, **kwargs
     )
-    with packattn.patch(model):
+    with packattn.patch(model, trusted=[type(layer)]):
         loss = model(**batch).loss
         with pytest.raises(RuntimeError, match="recomputed in the backward pass without the boundaries"):
             loss.backward()
@@ -208,7 +211,9 @@ def test_law_3_a_class_patched_by_another_library_afterwards_is_named(monkeypatc
     with packattn.patch(model):
         model(**batch)
         monkeypatch.setattr(LlamaAttention, "forward", plain_attention)
-        with pytest.raises(RuntimeError, match=r"did not run in layers\.0\.self_attn, layers\.1\.self_attn"):
+        with pytest.raises(
+            RuntimeError, match=r"layers\.0\.self_attn \(.*with the forward test_hf_guard\.plain_attention\).*changed"
+        ):
             model(**batch)
 
 
@@ -216,7 +221,7 @@ def test_law_3_an_encoder_layer_patched_afterwards_is_named(monkeypatch):
     model, batch = make("bert"), packed_row("bert")
     with packattn.patch(model):
         monkeypatch.setattr(BertSelfAttention, "forward", lambda self, hidden_states, *a, **o: (hidden_states, None))
-        with pytest.raises(RuntimeError, match=r"did not run in .*layer\.0\.attention\.self"):
+        with pytest.raises(RuntimeError, match=r"layer\.0\.attention\.self \(.*<lambda>\)"):
             model(**batch)
 
 
@@ -225,7 +230,7 @@ def test_law_3_a_forward_of_one_layer_replaced_afterwards_is_named():
     with packattn.patch(model):
         layer = model.model.layers[1].self_attn
         layer.forward = plain_attention.__get__(layer)
-        with pytest.raises(RuntimeError, match=r"did not run in layers\.1\.self_attn"):
+        with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn \(.*plain_attention\): changed or put"):
             model(**batch)
 
 
@@ -233,7 +238,7 @@ def test_law_3_a_layer_taken_out_afterwards_is_named():
     model, batch = make("llama"), packed_row("llama")
     with packattn.patch(model):
         model.model.layers[1].self_attn = Bypass(copy.deepcopy(model.model.layers[1].self_attn))
-        with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn were taken out of the model after"):
+        with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn \(test_hf_guard\.Bypass\).*: changed or put"):
             model(**batch)
 
 
@@ -265,7 +270,7 @@ def assert_exact_by_rows(model, batch, why):
 def test_law_3_a_class_patched_before_is_seen_by_the_patch(monkeypatch):
     monkeypatch.setattr(LlamaAttention, "forward", plain_attention)
     model, batch = make("llama"), packed_row("llama")
-    assert_exact_by_rows(model, batch, "LlamaAttention computes attention itself")
+    assert_exact_by_rows(model, batch, "does not know .*LlamaAttention with the forward test_hf_guard.plain_attention")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -301,12 +306,13 @@ class Bypass(torch.nn.Module):
         return plain_attention(self.inner, hidden_states)
 
 
-def test_law_3_the_probe_finds_what_the_code_does_not_tell():
-    # A compiled model is not checked in every forward: what runs in it was probed when it was patched.
+def test_law_3_a_layer_that_is_not_known_never_sees_a_packed_row():
     model, batch = make("llama"), packed_row("llama")
     layer = model.model.layers[1]
     layer.self_attn = Bypass(layer.self_attn)
-    assert_exact_by_rows(model, batch, "the second moved by .* with the tokens of the first")
+    assert_exact_by_rows(
+        model, batch, r"does not know test_hf_guard\.Bypass\..* vouch for them: packattn\.patch\(model, trusted="
+    )
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
@@ -327,7 +333,7 @@ def test_law_3_a_model_loaded_with_the_name_but_not_patched_raises():
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
         attn_implementation="packattn",
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match="its model is not patched"):
+    with pytest.raises(RuntimeError, match=r"runs past the hooks of packattn\.patch"):
         LlamaForCausalLM(config)(input_ids=IDS)
 
 

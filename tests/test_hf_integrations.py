@@ -98,6 +98,25 @@ def test_trainer_keeps_the_boundaries_of_packed_rows(name, kind, tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=2e-5)
 
 
+def test_trainer_keeps_the_masks_of_targets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from transformers import Trainer, TrainingArguments
+
+    model, ids = make("llama"), examples()[0]["input_ids"]
+    mask = [0] * (len(ids) - 2) + [1, 1]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -3:-1]
+    expected = nn.functional.cross_entropy(logits, torch.tensor(ids[-2:])).item()
+    options = arguments(tmp_path, max_steps=1, learning_rate=0.0, logging_steps=1)
+    with packattn.patch(model):
+        rows = datasets.Dataset.from_list([{"input_ids": ids, "completion_mask": mask}])
+        trainer = Trainer(
+            model, TrainingArguments(**options), train_dataset=rows, data_collator=packattn.PackingCollator()
+        )
+        trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=2e-5)
+
+
 def test_noise_on_embeddings_is_said_to_be_that_of_the_row(tmp_path):
     from transformers import Trainer, TrainingArguments
 

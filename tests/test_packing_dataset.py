@@ -297,9 +297,12 @@ def test_columns_that_are_not_of_tokens_are_named():
         pack_dataset(["a"], CAPACITY, progress=False)
 
 
-def test_a_stream_takes_no_plan():
-    with pytest.raises(ValueError, match="leave out lengths, plan, num_proc and any method"):
-        pack_dataset({}.values(), CAPACITY, plan="plan.pt")
+def test_a_stream_takes_no_plan_and_keeps_its_order():
+    nothing = {}.values()
+    for options in ({"plan": "plan.pt"}, {"seed": 1}, {"num_proc": 2}, {"method": "mixed"}, {"lengths": [1]}):
+        with pytest.raises(ValueError, match="leave out lengths, plan, num_proc, seed and any method"):
+            pack_dataset(nothing, CAPACITY, **options)
+    assert not list(pack_dataset(nothing, CAPACITY, method="best-fit", seed=None))
 
 
 def test_packing_does_not_import_datasets():

@@ -266,6 +266,27 @@ def test_the_state_within_by_step_is_that_of_the_step_whatever_was_read_ahead(wo
     assert done + list(resumed.by_step(loader(resumed))) == list(make().by_step(make()))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_by_step_groups_what_a_resumed_stateful_data_loader_gives(workers):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def make():
+        sampler = BalancedPackingSampler(draw(90), 18, num_replicas=2, rank=1, token_budget=50)
+        loader = StatefulDataLoader(list(range(90)), batch_sampler=sampler, collate_fn=list, num_workers=workers)
+        return sampler, loader
+
+    sampler, loader = make()
+    done = []
+    for batches in sampler.by_step(loader):
+        done.append(batches)
+        if len(done) == 2:
+            state = loader.state_dict()
+            break
+    sampler, loader = make()
+    loader.load_state_dict(state)
+    assert done + list(sampler.by_step(loader)) == list(make()[0].by_step(make()[0]))
+
+
 def test_by_step_refuses_a_loader_that_does_not_keep_the_order():
     sampler = BalancedPackingSampler(draw(20), 4, num_replicas=2, rank=0)
     with pytest.raises(ValueError, match="in_order=False"):

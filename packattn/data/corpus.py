@@ -7,44 +7,67 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 
-from packattn.data.counts import count_tokens, shown
-from packattn.data.dataset import PackRows
+from packattn.data.counts import shown
+from packattn.data.dataset import PackRows, plan_for
 from packattn.data.jsonl import LineError, Reader
-from packattn.data.packing import Method, Overlong, longest, make_limits, pack
+from packattn.data.packing import Method, Overlong, longest, make_limits
 from packattn.data.plan import PackingPlan
-from packattn.data.values import write_whole
+from packattn.data.tokens import tokenize
+from packattn.data.values import whole, write_whole
 from packattn.requirements import missing
 
-_FORMAT = 1
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LongLines = Literal[Overlong, "truncate"]
+LONG_LINES = (*get_args(Overlong), "truncate")
+_FORMAT = 2
+_MADE_OF = b"packattn"
 
 
 class Packed(NamedTuple):
-    """What `pack_corpus` did; printed by the command line and kept as packing.json."""
+    """What `pack_corpus` did with the lines; printed by the command line and kept as packing.json."""
 
     examples: int
     skipped_lines: int
+    first_skipped: str
     dropped_examples: int
     dropped_tokens: int
+    truncated_examples: int
+    truncated_tokens: int
     split_examples: int
+    examples_without_target: int
+    unused_fields: dict[str, int]
     tokens: int
     rows: int
     capacity: int
     fill: float
 
     def __str__(self) -> str:
-        lost = [
-            f"{self.skipped_lines:,} lines skipped" if self.skipped_lines else "",
-            f"{self.dropped_examples:,} examples dropped ({self.dropped_tokens:,} tokens)"
-            if self.dropped_examples
-            else "",
-            f"{self.split_examples:,} examples split" if self.split_examples else "",
-        ]
-        said = f"{self.examples:,} examples, {self.tokens:,} tokens in {self.rows:,} rows, {self.fill:.2%} full"
-        return "; ".join([said, *filter(None, lost)])
+        examples, tokens = counted(self.examples, "example"), counted(self.tokens, "token")
+        parts = [f"{examples}, {tokens} in {counted(self.rows, 'row')}, {self.fill:.2%} full"]
+        for count, noun, said in (
+            (self.skipped_lines, "line", "skipped"),
+            (self.dropped_examples, "example", f"dropped ({counted(self.dropped_tokens, 'token')})"),
+            (self.truncated_examples, "example", f"truncated (by {counted(self.truncated_tokens, 'token')})"),
+            (self.split_examples, "example", "split"),
+            (self.examples_without_target, "example", "without a target"),
+        ):
+            parts.extend([f"{counted(count, noun)} {said}"] if count else [])
+        lines = ["; ".join(parts)]
+        if self.first_skipped:
+            lines.append(f"The first line skipped: {self.first_skipped}")
+        fields = ", ".join(f"{name} ({counted(n, 'line')})" for name, n in sorted(self.unused_fields.items()))
+        return "\n".join([*lines, f"Fields not used: {fields}."] if fields else lines)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words: "1 line", "2,000 lines"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def pack_corpus(
@@ -57,7 +80,7 @@ def pack_corpus(
     seed: int = 0,
     max_per_bin: int | None = None,
     max_square: int | None = None,
-    overlong: Overlong = "error",
+    overlong: LongLines = "error",
     shard_lines: int = 10_000,
     shard_rows: int = 2_000,
     progress: bool = True,
@@ -70,49 +93,72 @@ def pack_corpus(
 
     Args:
         identity: what else decides the result (the tokenizer); a partial folder of anything else is refused.
-        shard_lines: lines of a part that is tokenized.
-        shard_rows: rows of a Parquet file.
+        overlong: as for `pack`, or "truncate": an example that no empty row takes is cut at its end.
+        shard_lines: lines of a part that is tokenized, at least 1.
+        shard_rows: rows of a Parquet file, at least 1.
 
     Raises:
         ImportError: datasets is not installed.
         FileExistsError: `out` is there, or another run is at work on it.
-        ValueError: the partial folder belongs to other arguments or another input; a line is bad; an example too long.
+        TypeError, ValueError: an argument is not as described; the partial folder belongs to other arguments or another
+            input, or is damaged; a line is bad; an example too long.
     """
     if importlib.util.find_spec("datasets") is None:
         raise missing("packing a file", "datasets", "data")
+    whole("shard_lines", shard_lines, 1)
+    whole("shard_rows", shard_rows, 1)
+    most = longest(make_limits(capacity, max_per_bin, max_square))
+    whole("seed", seed, 0)
+    for name, value, values in (("method", method, get_args(Method)), ("overlong", overlong, LONG_LINES)):
+        if value not in values:
+            raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}.")
     out, partial = Path(out), Path(f"{out}.partial")
-    make_limits(capacity, max_per_bin, max_square)
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it, or choose another folder.")
     options: dict[str, Any] = {
         "method": method, "seed": seed, "max_per_bin": max_per_bin, "max_square": max_square, "overlong": overlong,
     }  # fmt: skip
-    status = reader.path.stat()
     manifest = {
-        "format": _FORMAT, "input": str(reader.path.resolve()), "size": status.st_size, "modified": status.st_mtime_ns,
-        "text": reader.text, "bad_lines": reader.bad_lines, "capacity": capacity, "shard_lines": shard_lines,
+        "format": _FORMAT, **_state(reader.path), **reader.options, "capacity": capacity, "shard_lines": shard_lines,
         "shard_rows": shard_rows, **options, **identity,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir(exist_ok=True)
     with _locked(partial):
         _begin_or_go_on(partial, manifest)
-        figures = partial / "packing.json"
-        if not figures.exists():
-            skipped = _tokenize(reader, partial, shard_lines, progress)
-            examples = _opened(partial)
-            plan = _planned(partial, examples, capacity, options, reader)
-            _write_rows(partial, examples, plan, shard_rows, progress)
-            packed = Packed(
-                examples=len(examples), skipped_lines=skipped, dropped_examples=plan.dropped.numel(),
-                dropped_tokens=plan.dropped_tokens, split_examples=plan.num_split, tokens=plan.tokens, rows=len(plan),
-                capacity=capacity, fill=plan.fill,
-            )  # fmt: skip
-            write_whole(figures, lambda path: path.write_text(json.dumps(packed._asdict(), indent=1)))
-        shutil.rmtree(partial / "tokens", ignore_errors=True)
+        truncated = most if overlong == "truncate" else None
+        tokens = tokenize(reader, partial / "tokens", shard_lines, truncated, progress)
+        changed = _changed(manifest, _state(reader.path))
+        if changed:
+            raise ValueError(f"{reader.path} changed while it was read: {changed}. Remove {partial} to begin again.")
+        plan = _planned(partial, tokens.table, capacity, options, most, reader)
+        _write_rows(partial, tokens.table, plan, shard_rows, progress)
+        counts = tokens.counts
+        packed = Packed(
+            examples=tokens.table.num_rows, skipped_lines=counts["skipped_lines"], first_skipped=tokens.first_skipped,
+            dropped_examples=plan.dropped.numel(), dropped_tokens=plan.dropped_tokens,
+            truncated_examples=counts["truncated_examples"], truncated_tokens=counts["truncated_tokens"],
+            split_examples=plan.num_split, examples_without_target=counts["examples_without_target"],
+            unused_fields=dict(tokens.unused), tokens=plan.tokens, rows=len(plan), capacity=capacity, fill=plan.fill,
+        )  # fmt: skip
+        write_whole(partial / "packing.json", lambda path: path.write_text(json.dumps(packed._asdict(), indent=1)))
+        del tokens
+        shutil.rmtree(partial / "tokens")
         (partial / "lock").unlink()
         partial.rename(out)
-    return Packed(**json.loads((out / "packing.json").read_text()))
+    return packed
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What tells whether a file is the same as before."""
+    status = path.stat()
+    return {"input": str(path.resolve()), "size": status.st_size, "modified": status.st_mtime_ns}
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """How the entries of `after` differ from those of `before`, in words; empty: they do not."""
+    names = [name for name in after if before.get(name) != after[name]]
+    return ", ".join(f"{name} was {before.get(name)!r} and is {after[name]!r}" for name in names)
 
 
 @contextlib.contextmanager
@@ -129,78 +175,70 @@ def _locked(partial: Path) -> Iterator[None]:
 def _begin_or_go_on(partial: Path, manifest: dict[str, Any]) -> None:
     """Check that what is in the folder was made by the same arguments of the same input; remove what is not whole."""
     path = partial / "manifest.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = sorted(name for name in {*before, *manifest} if before.get(name) != manifest.get(name))
-        finished = any(path.suffix in (".arrow", ".parquet") for path in partial.rglob("*"))
-        if changed and finished:  # else nothing is lost by beginning anew
-            shown_ = ", ".join(f"{name} was {before.get(name)!r} and is {manifest.get(name)!r}" for name in changed)
-            raise ValueError(f"{partial} was begun with something else: {shown_}. Remove it to begin anew.")
+    if any(made.suffix in (".arrow", ".parquet", ".pt") for made in partial.rglob("*")):  # else nothing is lost
+        try:
+            before = json.loads(path.read_text())
+            changed = _changed({**dict.fromkeys(manifest), **before}, {**dict.fromkeys(before), **manifest})
+        except (OSError, ValueError, TypeError) as error:
+            changed = f"its manifest.json cannot be read ({error})"
+        if changed:
+            raise ValueError(f"{partial} was begun with something else: {changed}. Remove it to begin again.")
     (partial / "tokens").mkdir(exist_ok=True)
     for unfinished in partial.rglob(".*.unfinished"):
         unfinished.unlink()
     write_whole(path, lambda unfinished: unfinished.write_text(json.dumps(manifest, indent=1)))
 
 
-def _tokenize(reader: Reader, partial: Path, shard_lines: int, progress: bool) -> int:
-    """Write the tokens of what is not there yet; the number of lines that were skipped."""
-    import pyarrow as pa
+def _planned(
+    partial: Path, table: "pa.Table", capacity: int, options: dict[str, Any], most: int, reader: Reader
+) -> PackingPlan:
+    """The plan, made once; one that is there must be of these tokens and options."""
+    import pyarrow.compute
 
-    folder = partial / "tokens"
-    schema = pa.schema([*((name, pa.list_(pa.int32())) for name in ("input_ids", "labels")), ("line", pa.int64())])
+    lengths = torch.tensor(pyarrow.compute.list_value_length(table["input_ids"]).to_numpy(), dtype=torch.int64)
+    too_long = (lengths > most).nonzero().flatten()
+    if options["overlong"] == "error" and too_long.numel():
+        first = int(too_long[0])
+        raise LineError(
+            f"{reader.path}, line {table['line'][first]}: has {int(lengths[first])} tokens where a row takes at most "
+            f"{most} ({counted(too_long.numel(), 'such line')}); raise --capacity, or choose --overlong split, drop or "
+            "truncate."
+        )
+    if options["overlong"] == "truncate":
+        options = {**options, "overlong": "error"}
+    try:
+        return plan_for(partial / "plan.pt", lengths, capacity, options)
+    except ValueError as error:
+        if not (partial / "plan.pt").exists():
+            raise
+        raise ValueError(
+            f"{partial / 'plan.pt'} is not of this run: {error} Remove {partial} to begin again."
+        ) from error
 
-    def write(path: Path, examples: list[Any], skipped: int) -> None:
-        columns = [pa.array([e[at] for e in examples], schema.types[at]) for at in range(3)]
-        table = pa.Table.from_arrays(columns, schema=schema.with_metadata({"skipped": str(skipped)}))
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-            stream.write_table(table)
 
-    done = len(list(folder.glob("*.arrow")))
-    batches = reader.batches(shard_lines, skip=done)
-    for at, (examples, skipped) in enumerate(shown(batches, None, "tokenizing, parts", progress), start=done):
-        target = folder / f"{at:06}.arrow"
-        write_whole(target, lambda path, e=examples, s=skipped: write(path, e, s))  # type: ignore[misc]
-    counts = [pa.ipc.open_stream(pa.memory_map(str(path))).schema.metadata for path in folder.glob("*.arrow")]
-    return sum(int(count[b"skipped"]) for count in counts)
-
-
-def _opened(partial: Path) -> Any:
-    """All tokens as one data set, mapped from the files."""
+def _write_rows(partial: Path, table: "pa.Table", plan: PackingPlan, shard_rows: int, progress: bool) -> None:
+    """Write the Parquet files that are not there yet, or not whole."""
     import datasets
-
-    parts = [datasets.Dataset.from_file(str(path)) for path in sorted((partial / "tokens").glob("*.arrow"))]
-    parts = [part for part in parts if len(part)]
-    if not parts:
-        raise ValueError(f"the input holds no examples; nothing to pack ({partial} can be removed).")
-    return datasets.concatenate_datasets(parts).with_format("numpy")
-
-
-def _planned(partial: Path, examples: Any, capacity: int, options: dict[str, Any], reader: Reader) -> PackingPlan:
-    """The plan, made once."""
-    path = partial / "plan.pt"
-    if not path.exists():
-        lengths = torch.tensor(count_tokens(examples, progress=False))
-        most = longest(make_limits(capacity, options["max_per_bin"], options["max_square"]))
-        too_long = (lengths > most).nonzero().flatten()
-        if options["overlong"] == "error" and too_long.numel():
-            first = int(too_long[0])
-            raise LineError(
-                f"{reader.path}, line {examples[first]['line']}: has {int(lengths[first])} tokens where a row takes at "
-                f"most {most} ({too_long.numel()} such lines); raise --capacity, or choose --overlong split or "
-                "--overlong drop."
-            )
-        pack(lengths, capacity, **options).save(path)
-    return PackingPlan.load(path)
-
-
-def _write_rows(partial: Path, examples: Any, plan: PackingPlan, shard_rows: int, progress: bool) -> None:
-    """Write the Parquet files that are not there yet."""
     import pyarrow.parquet
 
-    rows = PackRows(examples.select_columns(["input_ids", "labels"]), plan)
+    # Its own fingerprint, since datasets would read all tokens to make one.
+    examples = datasets.Dataset(datasets.table.InMemoryTable(table.drop_columns("line")), fingerprint=plan.fingerprint)
+    rows = PackRows(examples.with_format("numpy"), plan)
     starts = range(0, len(plan), shard_rows)
     for at, start in enumerate(shown(starts, len(starts), "packing rows, files", progress)):
         target = partial / f"train-{at:05}-of-{len(starts):05}.parquet"
-        if not target.exists():
-            table = rows({"bin": range(start, min(start + shard_rows, len(plan)))})
-            write_whole(target, lambda path, t=table: pyarrow.parquet.write_table(t, path))  # type: ignore[misc]
+        bins = range(start, min(start + shard_rows, len(plan)))
+        made_of = json.dumps({"plan": plan.fingerprint, "bins": [bins.start, bins.stop]}).encode()
+        if _made_of(target) != made_of:
+            made = rows({"bin": bins}).replace_schema_metadata({_MADE_OF: made_of})
+            write_whole(target, lambda path, t=made: pyarrow.parquet.write_table(t, path))  # type: ignore[misc]
+
+
+def _made_of(path: Path) -> bytes | None:
+    """What a Parquet file was made of, as its end says; None if it is not there, or not whole."""
+    import pyarrow.parquet
+
+    try:
+        return (pyarrow.parquet.read_metadata(path).metadata or {}).get(_MADE_OF)
+    except (OSError, ValueError):
+        return None

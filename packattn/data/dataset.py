@@ -113,7 +113,7 @@ def pack_dataset(
         counted = lengths_tensor(counted)
     if counted.numel() != len(dataset):
         raise ValueError(f"lengths must hold one length for each of {len(dataset)} examples, got {counted.numel()}.")
-    found = _plan(plan, counted, capacity, said)
+    found = plan_for(plan, counted, capacity, said)
     rows: Any
     if is_datasets(dataset):
         rows = _written(dataset, found, collator, num_proc, progress)
@@ -289,7 +289,7 @@ def _fetch(dataset: Any, indices: list[int]) -> list[Mapping[str, Any]]:
     return [dataset[index] for index in indices]
 
 
-def _plan(
+def plan_for(
     given: PackingPlan | str | os.PathLike[str] | None, lengths: Tensor, capacity: int, said: dict[str, Any]
 ) -> PackingPlan:
     """The plan to follow: given, read, or made (and written)."""

@@ -11,6 +11,8 @@ from torch import Tensor
 IGNORED = -100
 LABELS = ("labels", "label", "label_ids")
 MASKS = ("completion_mask", "assistant_masks")
+# Columns that say where sequences lie and what is a target, beside those that models take.
+PACKING_COLUMNS = ("position_ids", "seq_lengths", *MASKS)
 # The columns that decide what a row means; all others are carried along.
 READ = ("input_ids", *LABELS, *MASKS, "attention_mask", "position_ids", "seq_lengths")
 _MADE_BY_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")

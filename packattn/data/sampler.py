@@ -105,8 +105,9 @@ class BalancedPackingSampler(Sampler[list[int]]):
         self.epoch = epoch
         self._order: Tensor | None = None
         self._counts: dict[int, int] = {}
-        # (step, micro-step): where the next iteration begins; what it handed out; what by_step's caller works on.
-        self._start = self._reached = (0, 0)
+        # (step, micro-step): where the next iteration begins; where the last one began; what it handed out; what the
+        # caller of by_step works on.
+        self._start = self._began = self._reached = (0, 0)
         self._given: tuple[int, int] | None = None
 
     @property
@@ -205,18 +206,21 @@ class BalancedPackingSampler(Sampler[list[int]]):
             sampler = getattr(sampler, "batch_sampler", None)
         if sampler is self and hasattr(batches, "iteration"):
             self.set_epoch(batches.iteration)
-        return self._grouped(*self._place_after(skipped), iter(batches))
+        return self._grouped(skipped, iter(batches))
 
     def _place_after(self, micro_batches: int) -> tuple[int, int]:
-        """The step and micro-step that lie that many micro-batches of a rank behind the start."""
-        step, done = self._start
+        """The step and micro-step that lie that many micro-batches of a rank behind the begin of the iteration."""
+        step, done = self._began
         while step < self.num_steps and micro_batches >= (left := self.micro_steps_of(step) - done):
             step, done, micro_batches = step + 1, 0, micro_batches - left
         return step, done + micro_batches
 
-    def _grouped(self, first: int, done: int, batches: Iterator[_T]) -> Iterator[list[_T]]:
+    def _grouped(self, skipped: int, batches: Iterator[_T]) -> Iterator[list[_T]]:
+        ahead = list(itertools.islice(batches, 1))  # a loader that loads a state has done so now
+        first, done = self._place_after(skipped)
         for step in range(first, self.num_steps):
-            taken = list(itertools.islice(batches, 1))  # the sampler runs ahead and has then worked this step out
+            taken = ahead or list(itertools.islice(batches, 1))  # the sampler has then worked this step out
+            ahead = []
             left = self.micro_steps_of(step) - done
             taken.extend(itertools.islice(batches, left - 1))
             if len(taken) < left:
@@ -241,7 +245,8 @@ class BalancedPackingSampler(Sampler[list[int]]):
             )
         self._epoch_is_set = False
         (first, skipped), self._start = self._start, (0, 0)
-        self._reached, self._given = (first, skipped), None
+        self._began = self._reached = (first, skipped)
+        self._given = None
         self._check_fit(first)
         for step in range(first, self.num_steps):
             found = self.assignment(step)
@@ -309,7 +314,7 @@ class BalancedPackingSampler(Sampler[list[int]]):
         if state["micro_step"]:
             whole("micro_step of the state", state["micro_step"], 0, there.micro_steps_of(state["step"]) - 1)
         self._begin(state["epoch"])
-        self._start = self._reached = (state["step"], state["micro_step"])
+        self._start = self._began = self._reached = (state["step"], state["micro_step"])
 
     @property
     def batch_size(self) -> None:

@@ -62,6 +62,13 @@ def _by_sequence(
         raise NotImplementedError(
             "encoder_hidden_states: cross-attention of a packed row is not supported by packattn. Remove the patch."
         )
+    unknown = bool(plan.unknown) and module is plan.stack
+    if unknown and not plan.by_length(module) and arguments.get("labels") is not None:
+        raise NotImplementedError(
+            f"labels: {plan.rows[0]}, nor how the loss weighs packed sequences. Leave "
+            "labels out and take the loss of the logits by packattn.token_losses, or vouch for the classes by "
+            "packattn.patch(model, trusted=[...])."
+        )
     labels = arguments.pop("labels", None) if plan.by_length(module) else None
     # The loss of each group is put together by its number of sequences. Lengths were read on the host as well.
     if isinstance(labels, Tensor) and not labels.dtype.is_floating_point and bool((labels == -100).any()):
@@ -81,7 +88,8 @@ def _by_sequence(
         finally:
             RUNNING.reset(token)
 
-    return by_group(layout, plan.groups(layout, kind), call, kind == "one" or plan.by_length(module))
+    pooled = kind == "one" or plan.by_length(module)
+    return by_group(layout, plan.groups(layout, kind), call, pooled, plan.results if unknown and not pooled else None)
 
 
 _disabled: Callable[..., Any] = torch.compiler.disable(_by_sequence)  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from packattn.hf.cache import cache_of, is_paged
 from packattn.hf.conditions import Conditions
 from packattn.hf.hooks import NAME, prepare
 from packattn.hf.inputs import as_called, same_sequences, tokens_of
-from packattn.hf.masks import Carried, carry
+from packattn.hf.masks import Carried, carry, is_carried
 from packattn.hf.plan import Plan
 from packattn.hf.running import RUNNING, Running, keep_running_in_checkpoints
 from packattn.mask import PackedMask
@@ -56,8 +56,11 @@ class Carry:
             return None
         if running is None:  # compiled, or called without the model around it
             _assert_unchanged(self.plan)
-            running = Running(plan=self.plan)
-            if not prepare(running, arguments, tokens):
+            running, given = Running(plan=self.plan), arguments.get("attention_mask")
+            if isinstance(given, Tensor) and is_carried(given):  # by a builder around this one
+                running.position_ids, running.real = given[:, 0].long(), given[:, 1]
+                running.packed = True
+            elif not prepare(running, arguments, tokens):
                 return None
         if not running.packed or running.position_ids is None:
             return None
@@ -77,9 +80,9 @@ class Carry:
             _leave_out_cache(arguments, self.names)
         if module.training and not compiling:
             _warn_of_noise(self.plan.builders[-1][1])
-        if running.real is not None and module is self.plan.builders[-1][1]:
-            _fill_padding(module, arguments, running.real)
         counts_by_itself = running.counted and self.plan.first_position and arguments.get("input_ids") is not None
+        if running.real is not None and module is self.plan.builders[-1][1] and not counts_by_itself:
+            _fill_padding(module, arguments, running.real)
         if "position_ids" in self.names and arguments.get("position_ids") is None and not counts_by_itself:
             arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
         if "token_type_ids" in self.names and arguments.get("token_type_ids") is None:

@@ -34,13 +34,15 @@ from packattn.hf.inputs import (
     refuse_callers,
     refuse_packed,
     refuse_trace,
+    same_sequences,
     sign,
     spoils,
     text_positions,
     tokens_of,
 )
 from packattn.hf.layout import Layout
-from packattn.hf.plan import Plan, finds_last_by_padding, one_logit_a_row
+from packattn.hf.plan import Plan, finds_last_by_padding
+from packattn.hf.probe import probe_late
 from packattn.hf.running import RUNNING, Running, past_the_hooks
 
 NAME = "packattn"
@@ -73,6 +75,7 @@ def _with_positions(
     tokens, position_ids = tokens_of(arguments), arguments.get("position_ids")
     if not isinstance(tokens, Tensor) or is_paged(arguments):
         return None
+    _unchanged_in_a_trace(hook.plan)
     if why := _spoiled_in_a_trace(hook.plan, arguments.get("input_ids") is None and position_ids is None):
         raise NotImplementedError(why)
     conditions = Conditions()
@@ -96,7 +99,13 @@ def _spoiled(plan: Plan, tokens_only: bool) -> str:
     return spoils(around[0], tokens_only) if around else ""
 
 
+def _unchanged(plan: Plan) -> bool:
+    plan.unchanged()
+    return True
+
+
 # Traces have no callers to look at: asked once for each graph, outside of it.
+_unchanged_in_a_trace: Callable[..., bool] = torch.compiler.assume_constant_result(_unchanged)  # type: ignore[no-untyped-call]
 _spoiled_in_a_trace: Callable[..., str] = torch.compiler.assume_constant_result(_spoiled)  # type: ignore[no-untyped-call]
 
 
@@ -104,9 +113,13 @@ def _enter(
     hook: Enter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     before = _before(hook.plan)
-    if (before is not None and before.plain) or (
-        before is not None and before.plan is hook.plan and module not in hook.plan.entries
-    ):
+    if before is not None and before.plain:
+        return None
+    if before is not None and before.plan is hook.plan and module not in hook.plan.entries:
+        if hook.plan.unknown and before.position_ids is not None:  # an entry that may make positions of its own
+            conditions = Conditions()
+            same_sequences(conditions, kwargs.get("position_ids"), before.position_ids, before.real)
+            conditions.enforce(before.first)
         return None
     if getattr(module, "_is_replica", False):
         raise NotImplementedError(
@@ -121,6 +134,9 @@ def _enter(
         RUNNING.set(Running(plan=hook.plan, owner=module, before=before, plain=True))
         return None
     refuse_callers(hook.plan.entries, arguments.get("input_ids") is None and arguments.get("position_ids") is None)
+    hook.plan.unchanged()
+    if hook.plan.not_probed:
+        probe_late(hook.plan, tokens)
     running = Running(plan=hook.plan, owner=module, before=before)
     RUNNING.set(running)
     try:
@@ -149,7 +165,7 @@ def _changed(hook: Enter, running: Running, module: nn.Module, arguments: dict[s
         return False
     if running.layout is not None and _stays_padded(hook, module, arguments, running.layout):
         running.layout, running.packed = None, False
-    if running.layout is not None and one_logit_a_row(module):
+    if running.layout is not None and module in hook.plan.heads:
         _check_labels(arguments.get("labels"), len(running.layout.starts))
         running.padding_token = _padding_token(module, arguments.get("input_ids"), running.layout)
         if not hook.plan.by_length(module):
@@ -197,7 +213,9 @@ def prepare(running: Running, arguments: dict[str, Any], tokens: Tensor) -> bool
     running.position_ids = position_ids.expand(rows, -1)
     running.real = attention_mask.expand(rows, -1) if attention_mask is not None else None
     running.packed = True
-    no_loss_across(conditions, arguments, running.position_ids, running.real, plan is not None and plan.shifts_labels)
+    if not running.plainly_unpacked:
+        shifts = plan is not None and plan.shifts_labels
+        no_loss_across(conditions, arguments, running.position_ids, running.real, shifts)
     conditions.enforce(running.first)
     if running.plan is not None and running.plan.needs_layout:
         refuse_trace()
@@ -212,7 +230,7 @@ def _stays_padded(hook: Enter, module: nn.Module, arguments: dict[str, Any], lay
     """Whether rows of one padded sequence each are left to transformers, for their caches."""
     if layout.packed:
         return False
-    if one_logit_a_row(module) and len(layout.starts) < layout.rows:
+    if module in hook.plan.heads and len(layout.starts) < layout.rows:
         raise ValueError(
             f"{type(module).__name__} makes one result of every sequence, and {layout.rows - len(layout.starts)} of "
             f"the {layout.rows} rows hold padding alone. Leave them out."

@@ -189,9 +189,12 @@ def no_loss_across(
     shifted = arguments.get("shift_labels")
     targets = shifted[:, :-1] if shifted is not None else arguments["labels"][:, 1:]
     if targets.shape[1] == position_ids.shape[1] - 1:
-        within = _or_padding(position_ids.diff(dim=1) == 1, attention_mask)
+        real = attention_mask != 0 if isinstance(attention_mask, Tensor) else torch.ones_like(position_ids).bool()
+        goes_on = (position_ids.diff(dim=1) == 1) & real[:, :-1]
+        begins = real & F.pad(~goes_on, (1, 0), value=True)
+        later = begins & (begins.cumsum(1) > 1)  # padding may stand before the first
         conditions.require(
-            within | (targets == -100),
+            ~later[:, 1:] | (targets == -100),
             "labels have the last token of a sequence predict the first of the next one in its row. Set the label of "
             "every first token to -100, as packattn.PackingCollator does.",
         )

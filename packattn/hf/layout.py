@@ -65,6 +65,11 @@ class Layout:
         return [self._group(members) for members in groups.values()]
 
     @cached_property
+    def alone(self) -> list["Group"]:
+        """Groups of one sequence each: nothing can mix over the batch."""
+        return [self._group([i]) for i in range(len(self.lengths))]
+
+    @cached_property
     def similar(self) -> list["Group"]:
         """Groups of sequences of similar length, padded on the right."""
         groups: list[list[int]] = []
@@ -152,12 +157,22 @@ class Group:
         )
 
 
-def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any], pooled: bool = False) -> Any:
+def by_group(
+    layout: Layout,
+    groups: list[Group],
+    call: Callable[[Group], Any],
+    pooled: bool = False,
+    per_token: dict[str, bool] | None = None,
+) -> Any:
     """Call a layer on every group, and put what it returns back in the places of the packed rows.
 
     Tensors with one value per token, (sequences, length, ...), come back as (rows, n, ...), padding as zeros; tensors
     with one value per sequence as (sequences, ...), in the order of the stream; caches as None; a loss as the mean over
     all sequences. With `pooled`, the result (or the logits among several) is one value per sequence whatever its shape.
+
+    Args:
+        per_token: of a layer that nothing is known of: by the name of an output, whether it holds one value per token,
+            as calls whose lengths tell it have shown; completed here. Such a layer gives no loss.
     """
     results = [call(group) for group in groups]
     tokens = torch.cat([group.index.flatten() for group in groups])
@@ -172,18 +187,29 @@ def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any], 
         if isinstance(first, Mapping):
             return type(first)(**{key: put_back([part[key] for part in parts], key) for key in first})
         if isinstance(first, (tuple, list)):
-            return type(first)(put_back(list(each), name) for each in zip(*parts, strict=True))
-        if name == "loss" and isinstance(first, Tensor) and first.ndim == 0:  # a mean over the sequences of its group
+            names = [name if per_token is None else f"{name}[{i}]" for i in range(len(first))]
+            return type(first)(put_back(list(each), n) for n, *each in zip(names, *parts, strict=True))
+        if name == "loss" and isinstance(first, Tensor) and first.ndim == 0 and per_token is None:
+            # A mean over the sequences of its group.
             return sum(part * len(group.members) for part, group in zip(parts, groups, strict=True)) / len(sequences)
         if name == "pooler_output" or (pooled and name in ("output", "logits")):
             return torch.cat(parts)[sequences]
         shapes = [group.index.shape for group in groups]
         if all(isinstance(part, Tensor) for part in parts):
-            if all(part.shape[:2] == shape for part, shape in zip(parts, shapes, strict=True)):
+            by_token = all(
+                p.shape[:2] == n and p.shape[2:] == first.shape[2:] for p, n in zip(parts, shapes, strict=True)
+            )
+            if by_token and per_token is not None:
+                by_token = _tells(name, {shape[1] for shape in shapes}, per_token)
+            if by_token:
                 flat = torch.cat([part.flatten(0, 1) for part in parts])
-            elif all(part.shape[:1] == (shape.numel(),) for part, shape in zip(parts, shapes, strict=True)):
+            elif (per_token or {}).get(name, True) and all(
+                part.shape[:1] == (shape.numel(),) for part, shape in zip(parts, shapes, strict=True)
+            ):
                 flat = torch.cat(parts)
             elif all(p.ndim <= 2 and p.shape[:1] == shape[:1] for p, shape in zip(parts, shapes, strict=True)):
+                if per_token is not None:
+                    per_token[name] = False
                 return torch.cat(parts)[sequences]
             else:
                 raise _unknown(name, first)
@@ -192,6 +218,19 @@ def by_group(layout: Layout, groups: list[Group], call: Callable[[Group], Any], 
         raise _unknown(name, first)
 
     return put_back(results, "output")
+
+
+def _tells(name: str, lengths: set[int], per_token: dict[str, bool]) -> bool:
+    """Whether an output as wide as the sequences are long holds one value per token: several lengths tell it."""
+    if len(lengths) > 1:
+        per_token[name] = True
+    if name not in per_token:
+        raise NotImplementedError(
+            f"{name} is as wide as all sequences of this row are long ({lengths.pop()}), so that it may hold one value "
+            "per token or several per sequence, which packattn does not guess of a model that it does not know. Run a "
+            "row with sequences of several lengths first, or vouch for the class: packattn.patch(model, trusted=[...])."
+        )
+    return per_token[name]
 
 
 def _unknown(name: str, value: Any) -> NotImplementedError:

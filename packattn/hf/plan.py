@@ -1,49 +1,32 @@
-"""How a model will be isolated, and why it cannot be: read from its structure and config, before anything is changed.
+"""How a model will be isolated, and why it cannot be: read from its parts and config, before anything is changed.
 
 Three ways, the first that is exact for the model:
 
 * spans: the model's own mask builders give PackedMasks, and its attention layers call packed attention;
 * by sequence: single layers that mix along the row (state-space models, short convolutions, rotary embeddings that look
   at the longest position) run on one row per sequence, everything else on the packed row;
-* rows: the whole stack of layers runs on one row per sequence, equal lengths together, in transformers' own attention.
+* rows: the whole stack of layers runs on one row per sequence, in transformers' own attention: equal lengths together,
+  or, where a part is not known, one sequence at a time.
+
+The world is closed: the first two are for models all parts of which are known (`packattn.hf.known`).
 """
 
 import inspect
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packattn.hf.inputs import of_adapters
+from packattn.hf.known import Part, changed, describe, looks_up, part_of, source_of
 from packattn.hf.layout import Group, Layout
 from packattn.hf.rope import can_forget, config_rope_types, looks_at_length
 
-# Layers that mix along the row without attention.
-_MIXERS = re.compile(
-    r"[Mm]amba|SSM|Ssm|[Rr]wkv|RWKV|[msx]LSTM|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|Recurrent|"
-    r"ShortConv|CausalConv|Retention|Hyena|TokenShift|Fourier|N[Gg]ram"
-)
-# Of those, what looks back only: padding on the right changes nothing.
-_CAUSAL = re.compile(
-    r"[Mm]amba|Bamba|FalconH1Mixer|[Rr]wkv|[msx]LSTM|Delta|Lightning|Recurrent|ShortConv|Inkling|Cca|CCA"
-)
-# Of those, what only holds weights or works token by token.
-_NO_MIXERS = re.compile(r"Norm|Cache|MLP|Mlp|Rotary|Router|Experts|DecoderLayer|Output")
-# Attention to keys that an indexer or a learned mask selects by what the whole row holds.
-_SPARSE = {
-    "deepseek_v32", "glm_moe_dsa", "hy_v4", "axk2", "dots3_note", "mistral_large4", "minimax_m3_vl", "doge",
-}  # fmt: skip
-_LAYER_TYPES = {
-    "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "mamba", "mlp", "moe",
-    "hybrid", "hybrid_sliding", "recurrent",
-}  # fmt: skip
 # Flags of configs under which one row of a batch changes what another gives.
 _ACROSS_ROWS = {
     "bi_data": "gives other positions to the first half of a batch's rows than to the second",
@@ -74,7 +57,10 @@ _BY_NAME = {
     "PerceiverForMaskedLM": "gives max_position_embeddings logits for every row, whatever its length",
     "DPRReader": "makes one relevance logit of every row",
 }
-_ONE_LOGIT_A_ROW = re.compile(r"(ForSequenceClassification|DPR(Context|Question)Encoder)$")
+
+
+def _nothing() -> None:
+    """What a plan checks of a model before it is applied."""
 
 
 @dataclass
@@ -84,50 +70,74 @@ class Plan:
     Attributes:
         entries: outermost transformers models: where the caller's position_ids come in.
         builders: (name, module) that turn an attention_mask into masks for their layers.
+        heads: those of the entries that make one result of every row.
         attention: (name, module) that call transformers' attention interface, in the builders.
         forwards: the forward of each of them, as its class had it.
         by_sequence: (name, module, groups) of layers that run on one row per sequence; groups is an attribute of
             Layout.
-        rows: reasons why the builders run on one row per sequence as a whole; empty: they do not.
+        rows: reasons why a stack of layers runs on one row per sequence as a whole; empty: it does not.
+        stack: the module that does: the outermost builder, or the entry where its head is not known to be of tokens.
+        unknown: the classes that packattn does not know, with where they are from: the stack then runs one sequence at
+            a time.
+        changed: classes of a transformers newer than the table that are not as it holds them.
         refused: reasons why the model cannot be isolated at all.
         first_position: where the model's own positions begin: 0, or 2 in the RoBERTa family.
         planes: rotary embeddings take several planes of position_ids (M-RoPE).
         text_plane: of four planes of position_ids, the model takes the first as that of the text.
         shifts_labels: the loss of the model has a token predict the label of the next one.
+        not_probed: why no small forward was run when the model was patched; empty: one was.
+        unchanged: raises where the model is not made of the parts that were planned.
+        results: by the name of an output of an unknown stack, whether it holds one value per token.
         first_forward: no forward has come to its end since the patch: conditions are read on the host.
         removed: the patch was removed: a forward in which something else keeps a wrapper is the module's own again.
     """
 
     entries: list[PreTrainedModel] = field(default_factory=list)
     builders: list[tuple[str, PreTrainedModel]] = field(default_factory=list)
+    heads: list[PreTrainedModel] = field(default_factory=list)
     attention: list[tuple[str, nn.Module]] = field(default_factory=list)
     forwards: list[Callable[..., Any]] = field(default_factory=list)
     by_sequence: list[tuple[str, nn.Module, str]] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
+    stack: nn.Module | None = None
+    unknown: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     first_position: int = 0
     planes: bool = False
     text_plane: bool = False
     shifts_labels: bool = False
+    not_probed: str = ""
+    unchanged: Callable[[], None] = _nothing
+    results: dict[str, bool] = field(default_factory=dict)
     first_forward: bool = True
     removed: bool = False
 
     @property
     def needs_layout(self) -> bool:
         """Whether a forward has to read the boundaries back to the host."""
-        return bool(self.rows or self.by_sequence) or any(one_logit_a_row(entry) for entry in self.entries)
+        return bool(self.rows or self.by_sequence or self.heads)
 
     @property
     def mixes(self) -> bool:
         """Whether layers run by sequence that would mix along a packed row."""
         return bool(self.rows) or any(kind != "one" for _, _, kind in self.by_sequence)
 
+    @property
+    def together(self) -> str:
+        """Which sequences the stack runs together, as an attribute of Layout."""
+        return "alone" if self.unknown else "equal"
+
     def by_length(self, module: nn.Module) -> bool:
         """Whether a model with one result per row runs as a whole on rows of one length each, without any padding.
 
         With spans alone it runs on rows padded to one length, all of them at once.
         """
-        return self.mixes and one_logit_a_row(module) and module in self.entries
+        return self.mixes and module in self.heads
+
+    def by_rows(self, reasons: list[str]) -> None:
+        """Run the stack on one row per sequence, for these reasons."""
+        self.rows, self.by_sequence, self.attention, self.forwards = reasons, [], [], []
 
     def groups(self, layout: Layout, kind: str) -> list[Group]:
         """The groups of a layout by the name that by_sequence gives."""
@@ -135,73 +145,109 @@ class Plan:
         return found
 
 
-def make_plan(model: nn.Module) -> Plan:
-    """Look at the model; nothing is changed."""
+def make_plan(model: nn.Module, trusted: Collection[type] = ()) -> Plan:
+    """Look at the model; nothing is changed.
+
+    Args:
+        trusted: classes that the user vouches for (see `packattn.patch`).
+    """
     pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     plan = Plan(entries=_outermost(pretrained))
     plan.builders = _builders(model)
     plan.refused = _refusals(model, pretrained, plan)
     if plan.refused:
         return plan
-    inside = list(plan.builders[-1][1].named_modules())
-    plan.by_sequence, unreachable = _mixers(inside)
-    plan.rows = unreachable + _reasons_for_rows(plan)
-    wrapped = {id(inner) for _, module, _ in plan.by_sequence for inner in module.modules()}
-    plan.attention = [(name, m) for name, m in inside if calls_interface(m) and id(m) not in wrapped]
-    plan.forwards = [type(m).forward for _, m in plan.attention]
-    for _, module in inside:
-        if id(module) not in wrapped and _computes_attention(module, wrapped):
-            plan.rows.append(f"{type(module).__name__} computes attention itself")
-    plan.rows = list(dict.fromkeys(plan.rows))
+    plan.stack = plan.builders[0][1]
+    parts = list(parts_of(model, {*plan.builders[-1][1].modules()}, trusted))
+    plan.text_plane = any("shape[0] == 4" in source_of(builder) for _, builder in plan.builders)
+    plan.shifts_labels = any(_shifts_labels(m, part) for m, part, _ in parts)
+    plan.heads = [entry for entry in plan.entries if (part := part_of(entry, trusted)) and part.kind == "sequence"]
+    plan.changed = sorted({type(m).__name__ for m, _, _ in parts if changed(m)})
+    _place(parts, plan)
     plan.planes = any("mrope_section" in (getattr(b.config, "rope_parameters", None) or {}) for _, b in plan.builders)
-    plan.text_plane = any("shape[0] == 4" in _source(builder) for _, builder in plan.builders)
-    plan.shifts_labels = any(_shifts_labels(entry) for entry in plan.entries)
-    poolers = [(name, m, "one") for name, m in inside if type(m).__name__.endswith("Pooler")]
-    if plan.rows:
-        plan.by_sequence, plan.attention = [], []
-    else:
-        plan.by_sequence += poolers
+    if reasons := plan.rows + _reasons_for_rows(plan):
+        plan.by_rows(list(dict.fromkeys(reasons)))
     return plan
 
 
-def one_logit_a_row(module: nn.Module) -> bool:
-    """Whether a model makes one result of every row: then its packed rows are unpacked where they come in."""
-    return bool(_ONE_LOGIT_A_ROW.search(type(module).__name__))
+def parts_of(
+    module: nn.Module, text: Collection[nn.Module], trusted: Collection[type] = (), mixer: bool = False
+) -> Iterator[tuple[nn.Module, Part | None, bool]]:
+    """Every module of a model, what is known of it, and whether a layer that runs by sequence holds it.
+
+    What never runs on the tokens of a row is not looked into.
+
+    Args:
+        text: the modules of the innermost builder, a set.
+    """
+    part = part_of(module, trusted)
+    yield module, part, mixer
+    if part is None or part.kind != "beside" or (module in text and not isinstance(module, PreTrainedModel)):
+        mixer = mixer or (part is not None and part.kind in ("similar", "equal"))
+        for child in module.children():
+            yield from parts_of(child, text, trusted, mixer)
 
 
-def _shifts_labels(module: nn.Module) -> bool:
-    """Whether the loss of a model is that of causal language models (of the same names, XLNet's is not)."""
-    named = re.search(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", type(module).__name__)
-    return bool(named) and "loss_function" in _source(module)
+def _place(parts: list[tuple[nn.Module, Part | None, bool]], plan: Plan) -> None:
+    """What runs where, by what is known of the parts of a model."""
+    names = {id(m): name for name, m in plan.builders[-1][1].named_modules()}
+    stack = {id(m) for m in plan.builders[0][1].modules()}
+    entry = {id(m) for entry in plan.entries for m in entry.modules()}
+    seen: set[int] = set()
+    only_rows: dict[str, nn.Module] = {}
+    for module, part, mixer in parts:
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        kind, name = part.kind if part else "", names.get(id(module))
+        if part is None and id(module) not in entry:
+            plan.refused.append(
+                f"packattn does not know {describe(module)}, which stands around the model and may make one result of "
+                "a packed row: call packattn.patch on the model inside, or vouch for the class: "
+                f"packattn.patch(model, trusted=[{type(module).__name__}])"
+            )
+        elif part is None:
+            plan.unknown.append(describe(module))
+        elif looks_at_length(module) and not mixer:
+            plan.by_sequence.append((name or "", module, "equal"))
+            continue
+        elif mixer or kind in ("tokens", "shifts", "sequence"):
+            continue
+        elif kind == "beside" and (name is None or isinstance(module, PreTrainedModel)):
+            continue  # a tower
+        elif kind == "beside":
+            only_rows[f"{type(module).__name__} never ran on text where it was proven"] = module
+        elif kind == "rows" or name is None:
+            only_rows[f"{type(module).__name__} {part.why}".strip()] = module
+        elif kind == "attends":
+            plan.attention.append((name, module))
+            plan.forwards.append(type(module).forward)
+            continue
+        else:
+            plan.by_sequence.append((name, module, kind))
+            continue
+        if id(module) not in stack:
+            plan.stack = plan.entries[0]
+    plan.refused, plan.unknown = (list(dict.fromkeys(reasons)) for reasons in (plan.refused, plan.unknown))
+    if plan.unknown:
+        more = f" and {len(plan.unknown) - 8} more" if len(plan.unknown) > 8 else ""
+        plan.rows.append(f"packattn does not know {', '.join(plan.unknown[:8])}{more}")
+    why = [reason for reason in only_rows if " " in reason]
+    plan.rows += why or ([f"{', '.join(only_rows)}: proven on rows of one sequence only"] if only_rows else [])
+
+
+def _shifts_labels(module: nn.Module, part: Part | None) -> bool:
+    """Whether the loss of a model is that of causal language models."""
+    if part is not None and part.kind == "shifts":
+        return True
+    if not isinstance(module, PreTrainedModel) or not looks_up(module, "loss_function"):
+        return False
+    return getattr(module.loss_function, "__name__", "") == "ForCausalLMLoss"
 
 
 def finds_last_by_padding(module: nn.Module) -> bool:
     """Whether a model with one result of every row takes it from the last token that is not the padding token."""
-    return "pad_token_id" in _source(module)
-
-
-def calls_interface(module: nn.Module) -> bool:
-    """Whether a module calls transformers' attention interface."""
-    return not isinstance(module, PreTrainedModel) and "ALL_ATTENTION_FUNCTIONS" in _source(module)
-
-
-def _computes_attention(module: nn.Module, wrapped: set[int]) -> bool:
-    """Whether a module is attention by its name, holds no other that is, and does not call the interface."""
-    inner = [m for m in module.modules() if m is not module]
-    return (
-        bool(re.search(r"Attention(?!.*(Output|Pool|Norm))", type(module).__name__))
-        and not isinstance(module, (PreTrainedModel, GradientCheckpointingLayer))
-        and not calls_interface(module)
-        and not any("Attention" in type(m).__name__ or id(m) in wrapped for m in inner)
-        and next(module.parameters(), None) is not None
-    )
-
-
-def _source(module: nn.Module) -> str:
-    try:
-        return inspect.getsource(type(module).forward)
-    except (OSError, TypeError):  # a class made in an interactive session
-        return ""
+    return "pad_token_id" in source_of(module)
 
 
 def _outermost(pretrained: list[PreTrainedModel]) -> list[PreTrainedModel]:
@@ -229,7 +275,7 @@ def _builders(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
 
 
 def _builds_masks(module: nn.Module) -> bool:
-    return bool(re.search(r"create_\w*masks?\w*\(", _source(module)))
+    return bool(re.search(r"create_\w*masks?\w*\(", source_of(module)))
 
 
 def _refusals(model: nn.Module, pretrained: list[PreTrainedModel], plan: Plan) -> list[str]:
@@ -289,30 +335,17 @@ def _is_foreign(implementation: str | None) -> bool:
 
 
 def _reasons_for_rows(plan: Plan) -> list[str]:
+    """What the configs say, and no class."""
     reasons = []
-    name, inner = plan.builders[-1]
     for _, builder in plan.builders:
-        config = builder.config
-        if config.model_type in _SPARSE or config.model_type.removesuffix("_text") in _SPARSE:
-            reasons.append(f"{config.model_type} attends to keys chosen by their content, which is not a span")
-        if any(_counts_in_chunks(inner_module) for inner_module in builder.modules()):
+        if any(_counts_in_chunks(module) for module in builder.modules()):
             reasons.append("chunked layers without rotary embeddings scale queries by their index in the row (Llama 4)")
-        if getattr(config, "trigram_input", False):
+        if getattr(builder.config, "trigram_input", False):
             reasons.append("trigram_input: the embedding of a token holds those of its neighbours in the row")
-        unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
-        if unknown:
-            reasons.append(f"layer types that packattn does not know: {', '.join(unknown)}")
-        if getattr(config, "add_cross_attention", False) or getattr(config, "cross_attention_layers", None):
+        if getattr(builder.config, "add_cross_attention", False) or getattr(
+            builder.config, "cross_attention_layers", None
+        ):
             reasons.append(f"{type(builder).__name__} has cross-attention layers")
-    where = name or type(inner).__name__
-    attends = any(calls_interface(m) for m in inner.modules())
-    if attends and not imports_mask_builders(inner):
-        reasons.append(f"{where} does not build its masks by transformers.masking_utils")
-    embeddings = sorted({type(m).__name__ for m in inner.modules() if _embeds_by_mask(m)})
-    if embeddings:
-        reasons.append(f"positions depend on the attention_mask of the row in {', '.join(embeddings)}")
-    elif attends and "position_ids" not in inspect.signature(inner.forward).parameters:
-        reasons.append(f"{where} takes no position_ids")
     return reasons
 
 
@@ -322,45 +355,3 @@ def _counts_in_chunks(layer: nn.Module) -> bool:
     if not getattr(layer, "attn_temperature_tuning", None) or getattr(layer, "use_rope", True) or not types:
         return False
     return bool(types[layer.layer_idx] == "chunked_attention")
-
-
-def _mixers(inside: list[tuple[str, nn.Module]]) -> tuple[list[tuple[str, nn.Module, str]], list[str]]:
-    """Layers to run by sequence, and reasons why some cannot be."""
-    found: list[tuple[str, nn.Module, str]] = []
-    reasons: list[str] = []
-    covered: set[int] = set()
-    for name, module in inside:
-        if isinstance(module, (PreTrainedModel, GradientCheckpointingLayer)) or id(module) in covered:
-            continue
-        kind = type(module).__name__
-        if looks_at_length(module):
-            found.append((name, module, "equal"))
-        elif is_convolution(module):
-            reasons.append(f"{kind} in {name.rpartition('.')[0] or 'it'} mixes along the row inside of attention")
-        elif calls_interface(module) or _NO_MIXERS.search(kind):
-            continue
-        elif _MIXERS.search(kind) or any(is_convolution(child) for child in module.children()):
-            covered |= {id(inner) for inner in module.modules()}
-            found.append((name, module, "similar" if _CAUSAL.search(kind) else "equal"))
-    return found, reasons
-
-
-def is_convolution(module: nn.Module) -> bool:
-    """Whether a module of torch itself mixes along the row."""
-    if isinstance(module, nn.Conv1d):
-        return module.kernel_size != (1,)
-    return isinstance(module, (nn.LSTM, nn.GRU, nn.RNN))
-
-
-def imports_mask_builders(builder: PreTrainedModel) -> bool:
-    """Whether the file of a model imports transformers' mask builders."""
-    names = vars(sys.modules[type(builder).__module__])
-    return any(re.fullmatch(r"create_\w*masks?\w*", name) for name in names)
-
-
-def _embeds_by_mask(module: nn.Module) -> bool:
-    if not re.search(r"Embeddings?$", type(module).__name__):
-        return False
-    names = inspect.signature(module.forward).parameters
-    # A table of positions that takes them when it is given them, as `Carry` does.
-    return "attention_mask" in names and not (isinstance(module, nn.Embedding) and "position_ids" in names)

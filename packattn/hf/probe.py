@@ -1,9 +1,8 @@
-"""One small packed forward when a model is patched: what its code does not tell, its behaviour does."""
+"""A small packed forward when a model is patched, beside its sequences alone: what its parts do not tell, it shows."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,83 +12,151 @@ from transformers import PreTrainedModel
 from packattn.hf.plan import Plan
 from packattn.hf.running import RUNNING, SUSPENDED
 
-_LENGTHS = (3, 5)
+_LENGTHS = (3, 5, 5)  # two of one length: what mixes over a batch of rows shows too
 _ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)  # NotImplementedError is one
 _FROM_TWO = {"mra", "nystromformer", "yoso"}  # by a constant in their code
+_ELSEWHERE = "its weights are not here, or not whole (meta, offloaded, sharded)"
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Why a packed forward did not isolate its second sequence.
-
-    Attributes:
-        reason: in words. failed: the model's own code raised an error, as it may without packing too.
-    """
-
-    reason: str
-    failed: bool = False
-
-
-def _ids(builder: PreTrainedModel) -> Tensor:
+def _ids(builder: PreTrainedModel, device: torch.device | None = None) -> Tensor:
     weight: Tensor = builder.get_input_embeddings().weight
-    return (torch.arange(sum(_LENGTHS), device=weight.device)[None] + 3) % weight.shape[0]
-
-
-def runs(builder: PreTrainedModel) -> bool:
-    """Whether an unpatched model runs on what the probe gives it."""
-    ids = _ids(builder)
-    try:
-        with _undisturbed(builder):
-            builder(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=ids.device)[None])
-    except _ERRORS:
-        return False
-    return True
+    return (torch.arange(sum(_LENGTHS), device=device or weight.device)[None] * 5 + 3) % weight.shape[0]
 
 
 def runnable(builder: PreTrainedModel) -> bool:
     """Whether the weights of a model are here and whole, so that a small forward can be run."""
     weights = [p for p in builder.parameters() if p.is_floating_point()]
     whole = all(type(p) in (Tensor, nn.Parameter) and not p.is_meta and p.numel() for p in weights)
+    return bool(weights) and whole and _embeds(builder)
+
+
+def _embeds(builder: PreTrainedModel) -> bool:
     try:
-        embeddings = builder.get_input_embeddings()
+        return isinstance(getattr(builder.get_input_embeddings(), "weight", None), Tensor)
     except NotImplementedError:  # hashed characters, for one
         return False
-    return bool(weights) and whole and isinstance(getattr(embeddings, "weight", None), Tensor)
 
 
-def probe(plan: Plan) -> Problem | None:
-    """Run the patched builder on two short sequences, and again with other tokens in the first.
+class Probe:
+    """Three short sequences: first alone, by the model as transformers runs it, then packed, by the patched model.
 
-    Returns:
-        Why the second sequence is not isolated, or None. A model that cannot be run here (weights elsewhere, inputs
-        beside text) is left to the checks of every forward.
+    Args:
+        plan: of the model. device: of its inputs; None: that of its embeddings.
+
+    Attributes:
+        missing: why nothing can be run; empty: the model ran on the sequences alone.
     """
-    builder = plan.builders[0][1]
-    if not runnable(builder):
-        return None
-    ids = _ids(builder)
-    positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(ids.device) + plan.first_position
-    changed = ids.clone()
-    changed[:, : _LENGTHS[0]] = (ids[:, : _LENGTHS[0]] + 7) % builder.get_input_embeddings().weight.shape[0]
-    extra = beside_text(builder, ids)
+
+    def __init__(self, plan: Plan, device: torch.device | None = None) -> None:
+        entry, builder = plan.entries[0], plan.builders[0][1]
+        takes_ids = "input_ids" in inspect.signature(entry.forward).parameters
+        self.plan, self.model = plan, entry if takes_ids else builder
+        self.alone: list[dict[str, Tensor]] = []
+        self.missing = "" if _embeds(builder) and (device is not None or runnable(entry)) else _ELSEWHERE
+        if self.missing:
+            return
+        self.ids = _ids(builder, device)
+        token = RUNNING.set(SUSPENDED)
+        try:
+            with _undisturbed(entry), _without_packattn(entry):
+                for ids in torch.split(self.ids, [*_LENGTHS], 1):
+                    self.alone.append(_tensors(self.model(input_ids=ids, **beside_text(builder, ids))))
+        except _ERRORS as error:
+            self.missing = f"it does not run on tokens alone: {type(error).__name__}: {error}"
+        finally:
+            RUNNING.reset(token)
+
+    def problem(self) -> str:
+        """Why packed sequences are not isolated, or not what they are alone; empty: they are, or nothing can be run."""
+        if self.missing:
+            return ""
+        builder, first = self.plan.builders[0][1], _LENGTHS[0]
+        positions = torch.cat([torch.arange(n) for n in _LENGTHS]).to(self.ids.device) + self.plan.first_position
+        ids = self.ids.repeat(2, 1)
+        ids[1, :first] = (ids[1, :first] + 7) % builder.get_input_embeddings().weight.shape[0]
+        given = {"input_ids": ids, "position_ids": positions.repeat(2, 1)} | beside_text(builder, ids)
+        try:
+            with _undisturbed(self.plan.entries[0]):
+                packed = _tensors(self.model(**given))
+        except NotImplementedError as error:
+            return str(error)
+        except _ERRORS as error:
+            known = "packattn" in str(error)
+            return str(error) if known else f"its code fails on packattn's masks: {type(error).__name__}: {error}"
+        found = (self._compare(name, packed.get(name)) for name in self.alone[0])
+        return next((problem for problem in found if problem), "")
+
+    def _compare(self, name: str, packed: Tensor | None) -> str:
+        alone = [output[name] for output in self.alone if name in output]
+        by_token = all(x.ndim > 1 and x.shape[:2] == (1, n) for x, n in zip(alone, _LENGTHS, strict=False))
+        if len(alone) < len(_LENGTHS) or packed is None or bool(packed.isnan().all()):
+            return ""
+        if by_token and packed.shape[:2] == (2, sum(_LENGTHS)):
+            rows = [torch.split(row, [*_LENGTHS]) for row in packed]
+            alone = [x[0] for x in alone]
+        elif not by_token and all(x.shape == alone[0].shape and x.shape[:1] == (1,) for x in alone):
+            if packed.shape[0] != 2 * len(_LENGTHS):
+                return f"it gives {packed.shape[0]} {name} for {2 * len(_LENGTHS)} packed sequences"
+            rows = [torch.split(row, 1) for row in packed.chunk(2)]
+        else:
+            return ""
+        scale = max(*(x.abs().max().item() for x in alone), 1e-30)
+        eps = torch.finfo(packed.dtype).eps
+        if not all(bool(torch.isfinite(x).all()) for x in (packed, *alone)):
+            return ""
+        # Experts may round differently with other neighbours; a leak is orders larger.
+        moved = max((a - b).abs().max().item() for a, b in zip(rows[0][1:], rows[1][1:], strict=True)) / scale
+        if moved > 256 * eps:
+            return f"in a forward of short sequences, {name} of one moved by {moved:.1e} with the tokens of another"
+        # The median, since a rounding may send single tokens to other experts.
+        away = [(a - b).abs().reshape(len(a), -1).amax(1).median().item() for a, b in zip(rows[0], alone, strict=True)]
+        if max(away) / scale > eps**0.5:
+            return f"in a forward of short sequences, packed {name} differ by {max(away) / scale:.1e} from those alone"
+        return ""
+
+
+def _tensors(result: Any) -> dict[str, Tensor]:
+    """The floating-point tensors that a model returns, by name or place."""
+    result = result if isinstance(result, (Mapping, tuple, list)) else [result]
+    items = result.items() if isinstance(result, Mapping) else enumerate(result)
+    return {str(name): value for name, value in items if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+@contextmanager
+def _without_packattn(model: nn.Module) -> Iterator[None]:
+    """transformers' eager attention where packattn's was set, by a patch or when the model was loaded."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    ours = [config for config in configs if config._attn_implementation == "packattn"]
     try:
-        with _undisturbed(builder):
-            one, other = (_second(builder, given, positions, extra) for given in (ids, changed))
-    except NotImplementedError as error:
-        return Problem(str(error))
-    except _ERRORS as error:
-        if "packattn" in str(error):
-            return Problem(str(error))
-        return Problem(f"its code fails on packattn's masks: {type(error).__name__}: {error}", failed=True)
-    if one is None or other is None or one.shape != other.shape or not bool(torch.isfinite(one).all()):
-        return None
-    # Experts may round differently with other neighbours; a leak is orders larger.
-    moved = (one - other).abs().max().item() / max(one.abs().max().item(), 1e-30)
-    if moved > 256 * torch.finfo(one.dtype).eps:
-        return Problem(
-            f"in a forward of two short sequences, the second moved by {moved:.1e} with the tokens of the first"
+        for config in ours:
+            config._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for config in ours:
+            config._attn_implementation_internal = "packattn"
+
+
+def probe_late(plan: Plan, tokens: Tensor) -> None:
+    """Probe a model in its first forward, if it could not be when it was patched, and its weights are here now.
+
+    Raises:
+        RuntimeError: packed sequences are not what they are alone.
+    """
+    if plan.not_probed != _ELSEWHERE:
+        return
+    plan.not_probed = f"{_ELSEWHERE}, nor were they in the first forward"
+    offloaded = any(hasattr(module, "_hf_hook") for module in plan.entries[0].modules())
+    if not offloaded and not runnable(plan.entries[0]):
+        return
+    probe = Probe(plan, tokens.device)
+    plan.not_probed = probe.missing
+    problem = probe.problem()
+    plan.first_forward = True  # those of the probe are not the user's
+    if problem:
+        raise RuntimeError(
+            f"{problem}. The weights were not here when packattn.patch planned how to isolate packed sequences. Call "
+            ".remove() of the Patch, and packattn.patch again now that they are; or train this model unpacked."
         )
-    return None
 
 
 def beside_text(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
@@ -105,10 +172,8 @@ def first_position(builder: PreTrainedModel) -> int:
     Found by which positions give what the model gives without any; where it cannot be run here, by the padding index
     of its table of positions.
     """
-    if "position_ids" not in inspect.signature(builder.forward).parameters:
-        return 0
-    if not runnable(builder):
-        return _first_by_structure(builder)
+    if not runnable(builder) or "position_ids" not in inspect.signature(builder.forward).parameters:
+        return first_by_structure(builder)
     ids = _ids(builder)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     padding = getattr(builder.config, "pad_token_id", None)
@@ -128,7 +193,10 @@ def first_position(builder: PreTrainedModel) -> int:
     return 0
 
 
-def _first_by_structure(builder: PreTrainedModel) -> int:
+def first_by_structure(builder: PreTrainedModel) -> int:
+    """Where a model's own positions begin, by its table of positions."""
+    if "position_ids" not in inspect.signature(builder.forward).parameters:
+        return 0
     if builder.config.model_type in _FROM_TWO:
         return 2
     tables = (getattr(module, "position_embeddings", None) for module in builder.modules())
@@ -148,11 +216,6 @@ def _undisturbed(builder: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _second(builder: PreTrainedModel, ids: Tensor, positions: Tensor, extra: dict[str, Tensor]) -> Tensor | None:
-    hidden = _hidden(builder(input_ids=ids, position_ids=positions, **extra))
-    return None if hidden is None else hidden[:, _LENGTHS[0] :]
 
 
 def _hidden(output: Any) -> Tensor | None:

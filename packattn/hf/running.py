@@ -23,7 +23,7 @@ class Running:
     Attributes:
         plan, owner: of the model, and the module whose call this is. before: what it is nested in.
         position_ids: (rows, n). real: (rows, n), nonzero for tokens; None: all are.
-        counted: nothing said where sequences lie: every row is one.
+        counted: the caller gave neither positions nor sequences: every row is one.
         plain: transformers runs the model by itself, in its own attention: verify, continuous batching.
         packed: False where transformers is left to itself: a forward over a cache.
         layout: where the sequences lie, known on the host; None where nobody needs it or nothing is packed.
@@ -45,6 +45,11 @@ class Running:
     masks: list[Tensor] = field(default_factory=list)
     entered: dict[int, nn.Module] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
+
+    @property
+    def plainly_unpacked(self) -> bool:
+        """Whether every row is one sequence without padding, which no value has to be looked at for."""
+        return self.counted and self.real is None
 
     @property
     def first(self) -> bool:

@@ -9,10 +9,12 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model on the Hub or in a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it cannot be read.
     """
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except ImportError:
+        raise  # it names the package that this tokenizer needs
+    except Exception as error:  # of damaged files the tokenizers library raises nothing narrower
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--tokenizer {name}: no tokenizer there ({first})") from error

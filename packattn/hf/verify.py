@@ -1,5 +1,7 @@
 """verify: measure on the user's own model whether packed sequences see each other, and whether packed equals alone."""
 
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -7,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from packattn.boundaries import boundaries
 from packattn.hf.patch import configs_of, is_patched
@@ -16,13 +18,15 @@ from packattn.hf.probe import beside_text, first_position
 from packattn.hf.rope import forget
 from packattn.hf.running import RUNNING, SUSPENDED
 
-_LENGTHS = (7, 19, 1, 5, 13)
+_LENGTHS = (7, 19, 1, 7, 13)  # two of one length: what mixes over a batch of rows shows too
 # How models are called in the wild; transformers by itself isolates packed rows in the second way only.
 _STYLES: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "default call": lambda ids: {},
     "use_cache=False": lambda ids: {"use_cache": False},
     "all-ones attention_mask": lambda ids: {"attention_mask": torch.ones_like(ids)},
 }
+# Arguments that bring images or sound to a model.
+_MEDIA = re.compile(r"pixel_values|image_embeds|video_embeds|input_features|input_values|audio_")
 # Names that configs give to the number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 # Packed may differ from alone by this many times what one rounding of the embeddings makes in the model's output.
@@ -44,6 +48,7 @@ class VerifyReport:
         parity: largest differences of packed from alone (each sequence by itself, in transformers' eager attention):
             outputs relative to the largest output, gradients of all parameters relative to their norm.
         noise: the same differences when every embedding is changed by one rounding: what the dtype cannot tell apart.
+        beside_text: inputs of images or sound that the model takes, and that the probe does not give it.
     """
 
     model: str
@@ -55,6 +60,7 @@ class VerifyReport:
     gradient_leak: float = 0.0
     parity: dict[str, float] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
+    beside_text: tuple[str, ...] = ()
 
     @property
     def allowed_leak(self) -> float:
@@ -85,6 +91,8 @@ class VerifyReport:
         lines.append(f"  {'isolated and exact' if self.ok else 'NOT ISOLATED' if not self.isolated else 'NOT EXACT'}")
         if self.first_leak is not None:
             lines.append(f"  the first layer that leaks: {self.first_leak}")
+        if self.beside_text:
+            lines.append(f"  of text alone: {', '.join(self.beside_text)} were not given")
         return "\n".join(lines)
 
 
@@ -110,12 +118,13 @@ def verify(
             is 0, or 2 in the RoBERTa family.
 
     Raises:
-        TypeError: no transformers model. ValueError: fewer than two sequences, or an empty one.
+        TypeError: no transformers model. ValueError: fewer than two sequences, or an empty one; a model that does not
+            run on inputs_embeds and position_ids alone.
     """
     pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not pretrained:
         raise TypeError(f"model must be or hold a transformers PreTrainedModel, got {type(model).__name__}.")
-    embed = pretrained[0].get_input_embeddings()
+    embed = _embeddings(pretrained[0])
     device, vocabulary = embed.weight.device, embed.weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
     if batch is not None:
@@ -135,11 +144,13 @@ def verify(
         type(pretrained[0]).__name__,
         is_patched(model),
         tuple(lengths),
-        routed=any(getattr(config, name, None) for config in configs_of(pretrained) for name in _EXPERTS),
+        routed=any(_routes(config) for config in configs_of(pretrained)),
+        beside_text=tuple(name for name in inspect.signature(model.forward).parameters if _MEDIA.match(name)),
     )
     # Embeddings are given in place of ids, so that gradients at them can be asked for.
     x, other_x = embed(ids).detach(), embed(other_ids).detach()
     with _undisturbed(model):
+        _assert_probed(model, x, position_ids)
         for style, extra in _STYLES.items():
             report.leak[style] = _leak(model, x, other_x, position_ids, spans, extra(ids))
         for style, extra in _STYLES.items():
@@ -165,12 +176,43 @@ def verify(
     return report
 
 
+def _routes(config: PreTrainedConfig) -> bool:
+    inner = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]  # DBRX
+    return any(getattr(part, name, None) for part in [config, *inner] for name in _EXPERTS)
+
+
+def _embeddings(model: PreTrainedModel) -> nn.Embedding:
+    try:
+        embeddings: Any = model.get_input_embeddings()
+    except NotImplementedError:
+        embeddings = None
+    if not isinstance(getattr(embeddings, "weight", None), Tensor):
+        raise ValueError(f"verify cannot probe {type(model).__name__}, which has no table of token embeddings.")
+    table: nn.Embedding = embeddings
+    return table
+
+
+@torch.no_grad()
+def _assert_probed(model: nn.Module, x: Tensor, position_ids: Tensor) -> None:
+    """Raise where the model's own code needs something else than verify gives it."""
+    try:
+        _output(model, x, position_ids, {})
+    except (TypeError, AttributeError, ValueError, LookupError, RuntimeError) as error:
+        if "packattn" in str(error):
+            raise
+        raise ValueError(
+            f"verify gives inputs_embeds and position_ids to a model, on which {type(model).__name__} fails with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def _output(model: nn.Module, x: Tensor, position_ids: Tensor, extra: dict[str, Any]) -> Tensor:
     """Logits (or the last hidden state), (rows, n, channels)."""
     for module in model.modules():
         forget(module)
     pretrained = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    result = model(inputs_embeds=x, position_ids=position_ids, **beside_text(pretrained, x), **extra)
+    # A copy: CTRL scales its embeddings in place.
+    result = model(inputs_embeds=x.clone(), position_ids=position_ids, **beside_text(pretrained, x), **extra)
     found: Tensor = result.logits if "logits" in result else result.last_hidden_state
     return found
 

@@ -1,0 +1,85 @@
+"""Whether a patched model is still made of the parts that were planned: some microseconds in every forward."""
+
+from collections.abc import Collection
+from itertools import chain, repeat
+from typing import Any
+
+from torch import nn
+
+from packattn.hf.known import describe
+from packattn.hf.plan import Plan, parts_of
+
+_OF_TOKENS = ("tokens", "shifts", "beside")
+
+
+class Watch:
+    """The modules of a model, the forwards that were put on them, and the types of their weights.
+
+    Args:
+        model: the outermost module that was patched. plan: what runs where in it. trusted: as for `patch`.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, trusted: Collection[type] = ()) -> None:
+        self.model, self.plan, self.trusted = model, plan, trusted
+        self.look()
+
+    def look(self) -> None:
+        """Take what is there now for what is to be there."""
+        self.modules = list(self.model.modules())
+        self.kinds: list[type[nn.Module]] = list(dict.fromkeys(map(type, self.modules)))
+        self.states = [vars(module) for module in self.modules]
+        self.children = [module._modules for module in self.modules]
+        self.weights = [module._parameters for module in self.modules]
+        self.adapted = [m._forward_pre_hooks for m in self.modules if _is_of_peft(m)]
+        self.kept = {id(module): _made_of(module) for module in self.modules}
+        self.before = self._now()
+
+    def _now(self) -> list[list[Any]]:
+        return [
+            list(map(type, self.modules)),
+            list(map(dict.get, self.states, repeat("forward"))),
+            list(chain.from_iterable(map(dict.values, self.children))),
+            list(map(type, chain.from_iterable(map(dict.values, self.weights)))),
+            [kind.forward for kind in self.kinds],
+        ]
+
+    def check(self) -> None:
+        """Raise where the model is not the one that was planned; parts that are known to be of tokens may join it.
+
+        Raises:
+            RuntimeError: the message names what was put into the model.
+            NotImplementedError: the call names an adapter for each row.
+        """
+        if any(self.adapted):
+            hooks = chain.from_iterable(map(dict.values, self.adapted))
+            if any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks):
+                raise NotImplementedError(
+                    "adapter_names: PEFT takes one adapter for each row of a batch, and a packed row holds many "
+                    "examples. Leave it out, and set one adapter for the call."
+                )
+        if self._now() == self.before:
+            return
+        planned = {id(module): kind for _, module, kind in self.plan.by_sequence}
+        planned |= {id(module): "attends" for _, module in self.plan.attention}
+        names = {id(module): name for name, module in self.model.named_modules()}
+        odd = []
+        for module, part, mixer in parts_of(self.model, {*self.plan.builders[-1][1].modules()}, self.trusted):
+            same = self.kept.get(id(module)) == _made_of(module)
+            known = part is not None and (mixer or part.kind in _OF_TOKENS or planned.get(id(module)) == part.kind)
+            if not known and (part is not None or not self.plan.unknown) and not same:
+                odd.append(f"{names[id(module)] or 'the model'} ({describe(module)})")
+        if odd:
+            raise RuntimeError(
+                f"{', '.join(odd)}: changed or put into the model after packattn.patch, which planned nothing for it, "
+                "so that packed sequences may not be isolated. Call .remove() of the Patch first, and packattn.patch "
+                "again after."
+            )
+        self.look()
+
+
+def _made_of(module: nn.Module) -> tuple[Any, ...]:
+    return type(module), vars(module).get("forward"), type(module).forward, [*map(type, module._parameters.values())]
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__)
