@@ -79,12 +79,12 @@ class WarpgroupProducts:
         size, decode = ELEMENT[kind]
         d, a, b, scale, *rest = ins.args
         sign_a, sign_b, *mn_major = (x.value for x in rest)
+        a_mn, b_mn = (bool(mn_major and mn_major[i]) for i in (0, -1))      # with A in registers, B's alone is said
         outs, before = ([place(x, 'f32').reshape(-1, 4, 32) for x in d.value] for place in (self.dst, self.src))
-        fragments = a.kind == 'vec' and [self.src(x, 'b32').reshape(-1, 4, 32) for x in a.value]
-        keep = self.pred(scale)
-        in_shared = [] if fragments else [self.operand_tile(a, 64, k, size, decode, bool(mn_major) and mn_major[0])]
-        in_shared.append(self.operand_tile(b, n, k, size, decode, bool(mn_major) and mn_major[-1]))
-        wavefronts = ((not fragments) * 64 + n) * k * size // 128
+        fragments = [self.src(x, 'b32').reshape(-1, 4, 32) for x in a.value] if a.kind == 'vec' else []
+        in_shared = [] if fragments else [self.operand_tile(a, 64, k, size, decode, a_mn)]
+        in_shared.append(self.operand_tile(b, n, k, size, decode, b_mn))
+        keep, wavefronts = self.pred(scale), (n if fragments else 64 + n) * k * size // 128
 
         def run(m):
             groups = self.warpgroups(m)
@@ -127,7 +127,7 @@ class WarpgroupProducts:
                 raise PTXError(self.message('the threads of a warpgroup give different matrix descriptors'))
             at, chunks = [], []
             for descriptor in found[:, 0].tolist():
-                place, chunk = tile(descriptor, rows, k, size, bool(mn_major))
+                place, chunk = tile(descriptor, rows, k, size, mn_major)
                 if chunk[-1] > self.shared_size - CHUNK:
                     raise MemoryFault(self.message(f'out-of-bounds shared access of a wgmma at address '
                                                    f'{chunk[-1]:#x}, window of {self.shared_size} bytes'))
