@@ -186,7 +186,7 @@ def test_kernels_of_sm_90_that_are_broken_are_reported(kernel, change):
             ptx, count = re.subn(pattern, replacement, ptx)
             assert count
         copy = SimpleNamespace(metadata=compiled.metadata, asm={"ptx": ptx})
-        emulate(copy, *launch, check_races=True, allow_missing_proxy_fence=False)
+        emulate(copy, *launch, check_races=True, allow_missing=())
 
     with launches(90, broken), pytest.raises(RaceError, match=what):
         run(packed("triton"), CASES[0], torch.bfloat16, "cpu")

@@ -5,13 +5,14 @@ a walk over the code (check_registers), shared memory by the SharedDetector. Sou
 Level Matrix Instructions" (fragments, canonical layouts, matrix descriptor).
 """
 import functools
+import warnings
 from collections import defaultdict
 
 import numpy as np
 
 import ptx_math as pm
 from ptx_math import DTYPE, f4, f8, i8, u4
-from ptx_memory import MemoryFault, RaceError, Unsupported
+from ptx_memory import MemoryFault, RaceError, RaceWarning, Unsupported
 from ptx_ops import SYNC
 from ptx_parser import PTXError
 
@@ -168,11 +169,11 @@ def registers(operands):
             yield from registers([op.value])
 
 
-def check_registers(kernel):
+def check_registers(kernel, allow_missing_fence=False):
     """Report registers of a wgmma that are used before its wait, or changed before it without a wgmma.fence.
 
     Every path through the code counts, taken or not. The accumulators of a product in flight may only be those of
-    another of its shape.
+    another of its shape. With allow_missing_fence, the first missing wgmma.fence gives a RaceWarning, and no error.
     """
     products = {}              # pc -> (accumulators, registers of A, what else it reads)
     for pc, ins in enumerate(kernel.instrs):
@@ -183,12 +184,29 @@ def check_registers(kernel):
     if not products:
         return
     watched = {r for d, a, _ in products.values() for r in (*d, *a)}
+    warned = set()
+
+    def report(what, register, ins, allowed=False):
+        source = f' ({ins.loc[0]}:{ins.loc[1]})' if ins.loc else ''
+        text = f'{kernel.name}: race: {what} ({register}), PTX line {ins.line}: {ins.text}{source}'
+        if not allowed:
+            raise RaceError(text)
+        if what not in warned:
+            warned.add(what)
+            warnings.warn(text, RaceWarning, stacklevel=5)
+
+    def unfenced(register, ins):
+        report('no wgmma.fence after the last change of a register of a wgmma', register, ins, allow_missing_fence)
+
+    def unwaited(register, ins):
+        report('register of a wgmma in flight used before its wait', register, ins)
+
     blocks, entry = _blocks(kernel), ({}, frozenset(watched))
     states, todo = {0: entry}, [0]
     while todo:
         start = todo.pop()
         end, successors = blocks[start]
-        after = _walk(kernel, range(start, end), *states[start], products, watched)
+        after = _walk(kernel, range(start, end), *states[start], products, watched, unfenced, unwaited)
         for pc in successors:
             joined = after if pc not in states else _join(states[pc], after)
             if joined != states.get(pc):
@@ -224,14 +242,10 @@ def _join(one, other):
     return {register: min(found) for register, found in flying.items()}, one[1] | other[1]
 
 
-def _walk(kernel, pcs, flying, changed, products, watched):
+def _walk(kernel, pcs, flying, changed, products, watched, unfenced, unwaited):
     """The state behind a block: {register in flight: (groups committed since, its role)}, registers changed since the
     last wgmma.fence."""
     flying, changed = dict(flying), set(changed)
-
-    def report(what, register, ins):
-        source = f' ({ins.loc[0]}:{ins.loc[1]})' if ins.loc else ''
-        raise RaceError(f'{kernel.name}: race: {what} ({register}), PTX line {ins.line}: {ins.text}{source}')
 
     for pc in pcs:
         ins = kernel.instrs[pc]
@@ -240,9 +254,9 @@ def _walk(kernel, pcs, flying, changed, products, watched):
             role = 'accumulator of ' + '.'.join(m for m in ins.mods if pm.SHAPE.fullmatch(m))
             for register, wanted in (*((r, role) for r in accumulators), *((r, 'A') for r in (*a, *others))):
                 if register in changed:
-                    report('no wgmma.fence after the last change of a register of a wgmma', register, ins)
+                    unfenced(register, ins)
                 if register in flying and flying[register][1] != wanted:
-                    report('register of a wgmma in flight used before its wait', register, ins)
+                    unwaited(register, ins)
             flying |= dict.fromkeys(a, (0, 'A')) | dict.fromkeys(accumulators, (0, role))
         elif ins.base == 'wgmma':
             if 'fence' in ins.mods:
@@ -255,7 +269,7 @@ def _walk(kernel, pcs, flying, changed, products, watched):
         else:
             used = watched.intersection(registers([*ins.args, *([ins.guard] if ins.guard else [])]))
             for register in used & flying.keys():
-                report('register of a wgmma in flight used before its wait', register, ins)
+                unwaited(register, ins)
             if used:
                 changed |= used.intersection(registers(op for op in ins.args[:1] if op.kind in ('reg', 'vec')))
     return flying, frozenset(changed)

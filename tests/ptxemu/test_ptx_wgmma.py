@@ -254,13 +254,21 @@ def test_what_is_out_of_order_is_reported(what, parts):
     run(*parts, check_races=False)                          # eager execution hides it
 
 
-def test_a_missing_proxy_fence_is_reported_and_allowed_by_name():
-    with pytest.warns(RaceWarning, match='without a fence.proxy.async') as found:
-        run(FILL, BAR, BEGIN, FIRST, COMMIT, wait(0), allow_missing_proxy_fence=True)
+@pytest.mark.parametrize('name,what,parts', [
+    ('fence.proxy.async', 'without a fence.proxy.async', [FILL, BAR, BEGIN]),
+    ('wgmma.fence', 'no wgmma.fence', [FILL, FENCE, BAR])])
+def test_a_missing_fence_is_reported_and_allowed_by_name(name, what, parts):
+    rest = [FIRST, SECOND, COMMIT, wait(0)]
+    with pytest.warns(RaceWarning, match=what) as found:
+        run(*parts, *rest, allow_missing=[name])
     assert len(found) == 1
-    with pytest.raises(RaceError, match='a barrier after the write'), warnings.catch_warnings():
+    with pytest.raises(RaceError, match=what):
+        run(*parts, *rest, allow_missing=set(ptxemu.FENCES) - {name})
+    with pytest.raises(RaceError, match='used before its wait'), warnings.catch_warnings():
         warnings.simplefilter('ignore', RaceWarning)
-        run(FILL, BEGIN, FIRST, COMMIT, wait(0), allow_missing_proxy_fence=True)
+        run(*parts, FIRST, COMMIT, allow_missing=ptxemu.FENCES)
+    with pytest.raises(PTXError, match="allow_missing takes of .* not .'fence'"):
+        run(*parts, *rest, allow_missing=['fence'])
 
 
 def test_uninitialised_operands_are_reported():
