@@ -199,6 +199,10 @@ def test_the_format_of_a_data_set_chooses_its_columns_and_its_transform_is_not_p
         assert "weight" not in pack_dataset(chosen, CAPACITY, progress=False).column_names
     every = table.with_format("torch", columns=["input_ids"], output_all_columns=True)
     assert "weight" in pack_dataset(every, CAPACITY, progress=False).column_names
+    with pytest.raises(TypeError, match="dataset must have a length, got IterableDataset"):
+        count_examples(table.to_iterable_dataset())
+    with pytest.raises(TypeError, match="got a DataFrame that has no 0"):
+        pack_dataset(table.to_pandas(), 8)
     with pytest.raises(ValueError, match="makes its examples by a transform"):
         pack_dataset(table.with_transform(lambda batch: batch), CAPACITY, progress=False)
 

@@ -41,8 +41,10 @@ def count_examples(dataset: Any, *, start_position: int = 0, mask_first: int = 1
         progress: show a progress bar.
 
     Raises:
-        TypeError, ValueError: an example cannot be read; the message names it.
+        TypeError, ValueError: an example cannot be read; the message names it. Or the data set has no length.
     """
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(f"dataset must have a length, got {type(dataset).__name__}; a stream may have no end.")
     if is_datasets(dataset):
         dataset = without_format(dataset)
         names = [name for name in dataset.column_names if name in READ]

@@ -277,7 +277,14 @@ def _chosen(dataset: Any, columns: Collection[str] | None) -> Any:
         dataset = without_format(dataset)
         holding = {field.name: of_numbers(field.type) for field in dataset.features.arrow_schema}
         return dataset.remove_columns([*left_out(holding, columns, stacklevel=4)])
-    first = mapping_with_tokens(dataset[0], "example 0")
+    try:
+        given = dataset[0]
+    except (KeyError, IndexError) as error:
+        raise TypeError(
+            f"dataset must give its examples by their numbers from 0 on, got a {type(dataset).__name__} that has no 0; "
+            "of a pandas.DataFrame give datasets.Dataset.from_pandas(frame)."
+        ) from error
+    first = mapping_with_tokens(given, "example 0")
     names = left_out({name: holds_tokens(values) for name, values in first.items()}, columns, stacklevel=4)
     return _Without(dataset, names) if names else dataset
 

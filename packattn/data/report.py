@@ -283,7 +283,7 @@ def _counts(given: Any, targets: Iterable[int] | Tensor | None) -> tuple[Tensor,
             )
         given = itertools.chain(first, values)
     elif is_datasets(given) or (
-        sized and not isinstance(given, Tensor) and len(given) and isinstance(given[0], Mapping)
+        sized and not isinstance(given, Tensor) and isinstance(next(iter(given), None), Mapping)
     ):
         if targets is not None:
             raise ValueError("targets are counted where packing_report is given a data set; leave them out.")
