@@ -156,6 +156,8 @@ def test_columns_that_differ_are_named_whatever_part_they_are_in(tmp_path, capsy
     assert run("pack", source, "--out", tmp_path / "other", "--columns", "--quiet") == 0
     assert "3 examples, 3 tokens in 1 row" in (said := capsys.readouterr().out)
     assert "Fields not used: w (2 lines)." in said
+    assert run("pack", source, "--out", tmp_path / "third", "--columns", "w", "--quiet") == 1
+    assert "line 2: lacks w, which --columns asks for; it has input_ids" in capsys.readouterr().err
 
 
 BAD_LINES = [
