@@ -81,8 +81,8 @@ class Encoder:
             missing = [name for name in kept or () if name not in given]
             if missing:
                 raise ValueError(
-                    f"lacks {', '.join(missing)}, which --columns asks for; it has {', '.join(given)}; correct the line or "
-                    "--columns"
+                    f"lacks {', '.join(missing)}, which --columns asks for; it has {', '.join(given)}; correct the "
+                    "line or --columns"
                 )
             used = [
                 name for name in given if name in READ or (holds_tokens(given[name]) if kept is None else name in kept)
