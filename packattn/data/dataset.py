@@ -17,6 +17,7 @@ from packattn.data.counts import (
     count_examples,
     count_tokens,
     is_datasets,
+    is_indexed,
     of_numbers,
     rows_without_target,
     without_format,
@@ -95,7 +96,7 @@ def pack_dataset(
     said = {name: value for name, value in said.items() if value is not None}
     if not isinstance(seed, EllipsisType):
         said["seed"] = seed
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    if not is_indexed(dataset):
         unused = (lengths, plan, num_proc, said.pop("seed", None))
         if any(value is not None for value in unused) or said.pop("method", "best-fit") != "best-fit":
             raise ValueError(
