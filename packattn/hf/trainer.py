@@ -62,7 +62,8 @@ class BalancedTrainerMixin:
         if not is_indexed(dataset):
             raise TypeError(
                 f"a balanced train_dataset must have a length and numbered examples, got {type(dataset).__name__}: a "
-                "step is spread once its examples are known. Give a list or a datasets.Dataset, or use Trainer with pack_dataset's rows."
+                "step is spread once its examples are known. Give a list or a datasets.Dataset, or "
+                "use Trainer with pack_dataset's rows."
             )
         accelerator = args.accelerator_config
         for name, given, wanted in (
