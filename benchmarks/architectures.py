@@ -445,6 +445,7 @@ def table(entries: dict[tuple[str, str], dict]) -> str:
         "and three models with real weights: logits and gradients of packed rows under `packattn.patch` against",
         "the sequences run alone, in eight call styles:",
         f"{', '.join(STYLES)}.",
+        "Models with towers for images or sound are probed with text alone.",
         "Windows, chunks, top-k and original context lengths are shorter than the sequences. Measured by",
         "`python -m benchmarks.architectures --again`, written by `--table`.",
         "",

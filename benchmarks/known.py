@@ -1,7 +1,8 @@
 """The classes that packattn knows: every model of transformers and adapter of PEFT proven, and packattn/hf/known.json.
 
     python -m benchmarks.known [--only llama ...]   prove what the log does not hold yet
-    python -m benchmarks.known --write              known.json from the log (out/known.jsonl)
+    python -m benchmarks.known --write              known.json from the log (out/known.jsonl), which may hold several
+                                                    versions of transformers, the newest last
 
 Each class of transformers that takes input_ids is built as a tiny random model, all its weights random. What its parts
 are is guessed from names and sources; with this guess for a table it is patched, and everything that it returns of a
@@ -73,6 +74,7 @@ _LIBRARIES = {
     "deepspeed.runtime.engine.DeepSpeedEngine": "tokens",
     "bitsandbytes.nn.modules.Linear4bit": "tokens",
     "peft.tuners.lora.bnb.Linear4bit": "tokens",
+    "trl.trainer.grpo_trainer.GRPOTrainer.__init__.<locals>.cast_forward_to_fp32": "tokens",
     "liger_kernel.transformers.model.llama.lce_forward": "shifts",
     "liger_kernel.transformers.rms_norm.LigerRMSNorm": "tokens",
     "liger_kernel.transformers.swiglu.LigerSwiGLUMLP": "tokens",
@@ -257,7 +259,7 @@ def prove(model: nn.Module, base: PreTrainedModel, parts: Mapping[str, Part], tr
     table = known.table()
     table.clear()
     table.update(of_torch() | parts)
-    call = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    call = _no_cache(base)
     beside = BESIDE.get(base.config.model_type, lambda ids, index: {})
     ids = torch.randint(5, 90, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
@@ -292,6 +294,10 @@ def prove(model: nn.Module, base: PreTrainedModel, parts: Mapping[str, Part], tr
     return {"how": found.how, "reasons": found.reasons, "unknown": found._plan.unknown, "problems": problems}
 
 
+def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
 def _tensors(result: Any) -> dict[str, Tensor]:
     items = result.items() if isinstance(result, Mapping) else enumerate(result)
     return {str(name): v for name, v in items if isinstance(v, Tensor) and v.is_floating_point()}
@@ -315,7 +321,7 @@ def of_model(kind: type[PreTrainedModel]) -> dict:
     handles = [m.register_forward_hook(lambda m, a, o: ran.add(id(m))) for m in model.modules()]
     ids = torch.arange(5, 12)[None]
     beside = BESIDE.get(model.config.model_type, lambda ids, index: {})
-    model(input_ids=ids, **beside(ids, torch.arange(7)[None]))
+    model(input_ids=ids, **beside(ids, torch.arange(7)[None]), **_no_cache(model))
     for handle in handles:
         handle.remove()
     parts = guess(model, ran)
@@ -444,7 +450,7 @@ def main() -> int:
     lines = options.log.read_text().splitlines() if options.log.exists() else []
     entries = {entry["name"]: entry for entry in map(json.loads, lines)}
     if options.write:
-        TABLE.write_text(write(list(entries.values())))
+        TABLE.write_text(write([json.loads(line) for line in lines]))
         return 0
     command = [sys.executable, "-m", "benchmarks.known", "--worker"]
     process = None

@@ -274,7 +274,7 @@ BAD = [
     ({"position_ids": IDS.expand(3, 2, 6)[..., :5]}, ValueError, r"position_ids must have shape .* got \(3, 2, 5\)"),
     (
         {"position_ids": IDS.cumsum(1), "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)},
-        RuntimeError,
+        ValueError,
         "begin other sequences than position_ids",
     ),
     ({"position_ids": IDS.to("meta")}, ValueError, "position_ids must be on the device of the input, cpu, got meta"),
@@ -296,7 +296,7 @@ BAD = [
     ({"cu_seq_lens_q": torch.tensor([0, 6, 13])}, RuntimeError, "cu_seqlens must rise from 0 to tokens=12"),
     ({"cu_seq_lens_q": [0, 6, 12]}, TypeError, "cu_seq_lens_q must be an integer tensor, got list"),
     ({"seq_idx": IDS[0]}, ValueError, r"seq_idx must have shape \(rows, n\) = \(2, 6\), got \(6,\)"),
-    ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]] * 2)}, RuntimeError, "attention_mask has a hole"),
+    ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]] * 2)}, ValueError, "attention_mask has a hole"),
     ({"output_attentions": True}, NotImplementedError, "output_attentions=True: packattn never forms"),
 ]
 

@@ -95,7 +95,8 @@ def test_law_3_a_cache_filled_by_a_packed_forward_cannot_be_continued(given, com
         call = torch.compile(model, backend="eager") if compiled else model
         extra = {"past_key_values": DynamicCache(config=model.config)} if given else {"use_cache": True}
         cache = call(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **extra).past_key_values
-        with pytest.raises(ValueError, match="the cache comes from a packed forward"):
+        # Values are read on the host in eager mode, and asserted in a graph.
+        with pytest.raises(RuntimeError if compiled else ValueError, match="the cache comes from a packed forward"):
             call(input_ids=one_more, past_key_values=cache)
         whole = call(input_ids=batch["input_ids"], use_cache=True).past_key_values
         found = call(input_ids=one_more, past_key_values=whole).logits
@@ -158,7 +159,7 @@ def test_law_3_a_compiled_forward_past_the_hooks_over_a_static_cache_raises():
     given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     with packattn.patch(model), torch.no_grad():
         forward = torch.compile(model.model.forward, backend="eager")
-        with pytest.raises(ValueError, match="position_ids restart in a forward over a cache"):
+        with pytest.raises(RuntimeError, match="position_ids restart in a forward over a cache"):
             forward(**given, past_key_values=StaticCache(config=model.config, max_cache_len=64))
 
 
@@ -332,7 +333,7 @@ def test_law_3_a_model_loaded_with_the_name_but_not_patched_raises():
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
         attn_implementation="packattn",
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match="its model is not patched"):
+    with pytest.raises(RuntimeError, match=r"runs past the hooks of packattn\.patch"):
         LlamaForCausalLM(config)(input_ids=IDS)
 
 

@@ -38,3 +38,12 @@ def test_verify_probes_models_that_scale_embeddings_in_place_or_hide_their_exper
         warnings.simplefilter("ignore")  # by rows
         packattn.patch(model)
     assert packattn.verify(model).ok
+
+
+def test_verify_says_of_a_model_with_a_tower_that_it_was_probed_with_text():
+    model = load("qwen2_vl")
+    with packattn.patch(model):
+        assert "of text alone: pixel_values" in str(packattn.verify(model))
+    model = load("llama")
+    with packattn.patch(model):
+        assert "text alone" not in str(packattn.verify(model))

@@ -116,7 +116,7 @@ def test_sinks_take_part_and_their_lse_comes_alone():
 @pytest.mark.parametrize(
     "options",
     [{}, {"causal": True}, {"window_size": (3, 1)}, {"causal": True, "alibi_slopes": torch.rand(6, 4)}],
-    ids=str,
+    ids=["plain", "causal", "window", "alibi"],
 )
 def test_tokens_that_are_not_used_are_as_if_they_were_not_there(options):
     used_q, used_k = [1, 20, 0, 16, 2, 0], [5, 37, 0, 3, 0, 9]

@@ -80,9 +80,9 @@ class Carry:
             _leave_out_cache(arguments, self.names)
         if module.training and not compiling:
             _warn_of_noise(self.plan.builders[-1][1])
-        if running.real is not None and module is self.plan.builders[-1][1]:
-            _fill_padding(module, arguments, running.real)
         counts_by_itself = running.counted and self.plan.first_position and arguments.get("input_ids") is not None
+        if running.real is not None and module is self.plan.builders[-1][1] and not counts_by_itself:
+            _fill_padding(module, arguments, running.real)
         if "position_ids" in self.names and arguments.get("position_ids") is None and not counts_by_itself:
             arguments["position_ids"] = running.position_ids  # before a model derives them from the mask
         if "token_type_ids" in self.names and arguments.get("token_type_ids") is None:

@@ -34,6 +34,7 @@ from packattn.hf.inputs import (
     refuse_callers,
     refuse_packed,
     refuse_trace,
+    same_sequences,
     sign,
     spoils,
     text_positions,
@@ -112,9 +113,13 @@ def _enter(
     hook: Enter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     before = _before(hook.plan)
-    if (before is not None and before.plain) or (
-        before is not None and before.plan is hook.plan and module not in hook.plan.entries
-    ):
+    if before is not None and before.plain:
+        return None
+    if before is not None and before.plan is hook.plan and module not in hook.plan.entries:
+        if hook.plan.unknown and before.position_ids is not None:  # an entry that may make positions of its own
+            conditions = Conditions()
+            same_sequences(conditions, kwargs.get("position_ids"), before.position_ids, before.real)
+            conditions.enforce(before.first)
         return None
     if getattr(module, "_is_replica", False):
         raise NotImplementedError(
@@ -125,13 +130,13 @@ def _enter(
     tokens = tokens_of(arguments)
     if not isinstance(tokens, Tensor):
         return None  # arguments of other names: what comes in is seen where they reach the model inside
-    hook.plan.unchanged()
-    if hook.plan.not_probed:
-        probe_late(hook.plan, tokens)
     if is_paged(arguments):
         RUNNING.set(Running(plan=hook.plan, owner=module, before=before, plain=True))
         return None
     refuse_callers(hook.plan.entries, arguments.get("input_ids") is None and arguments.get("position_ids") is None)
+    hook.plan.unchanged()
+    if hook.plan.not_probed:
+        probe_late(hook.plan, tokens)
     running = Running(plan=hook.plan, owner=module, before=before)
     RUNNING.set(running)
     try:

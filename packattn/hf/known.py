@@ -29,6 +29,7 @@ _LIBRARIES = {
     "packattn",
     "functools",
     "builtins",
+    "trl",
 }
 _LOSSES = {"loss_function", "_loss_function"}
 # Whose tensors hold weights and nothing else; those of other libraries may compute in ways of their own.
@@ -85,6 +86,8 @@ def part_of(module: nn.Module, trusted: Collection[type] = ()) -> Part | None:
     part = table().get(name_of(function))
     if part is None or any(_changes(module, definer, _reached(definer, function))):
         return None
+    if part.kind == "attends" and transformers.__version__ != _file()["transformers"] and not calls_interface(module):
+        return Part("rows", "", "computes attention itself")  # as some did before they took up the interface
     if _is_of_torch(function):
         if isinstance(module, PreTrainedModel):  # that has no forward: its methods are called for images
             return Part("beside")
@@ -173,9 +176,19 @@ def inner(function: Any) -> Callable[..., Any]:
             function = function.args[1] if ours else function.func
         elif around is not None and _root(function) in _LIBRARIES:
             function = around
+        elif "original_forward" in (names := _closes_over(function)):  # of tensor parallelism
+            function = names["original_forward"]
         else:
             found: Callable[..., Any] = function
             return found
+
+
+def _closes_over(function: Any) -> dict[str, Any]:
+    """What a function that transformers puts around a forward closes over, by name."""
+    if not _home(function).startswith("transformers.distributed."):
+        return {}
+    cells = (cell.cell_contents for cell in function.__closure__ or ())
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
 
 
 def _home(function: Any) -> str:

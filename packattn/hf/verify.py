@@ -1,5 +1,7 @@
 """verify: measure on the user's own model whether packed sequences see each other, and whether packed equals alone."""
 
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +18,15 @@ from packattn.hf.probe import beside_text, first_position
 from packattn.hf.rope import forget
 from packattn.hf.running import RUNNING, SUSPENDED
 
-_LENGTHS = (7, 19, 1, 5, 13)
+_LENGTHS = (7, 19, 1, 7, 13)  # two of one length: what mixes over a batch of rows shows too
 # How models are called in the wild; transformers by itself isolates packed rows in the second way only.
 _STYLES: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "default call": lambda ids: {},
     "use_cache=False": lambda ids: {"use_cache": False},
     "all-ones attention_mask": lambda ids: {"attention_mask": torch.ones_like(ids)},
 }
+# Arguments that bring images or sound to a model.
+_MEDIA = re.compile(r"pixel_values|image_embeds|video_embeds|input_features|input_values|audio_")
 # Names that configs give to the number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 # Packed may differ from alone by this many times what one rounding of the embeddings makes in the model's output.
@@ -44,6 +48,7 @@ class VerifyReport:
         parity: largest differences of packed from alone (each sequence by itself, in transformers' eager attention):
             outputs relative to the largest output, gradients of all parameters relative to their norm.
         noise: the same differences when every embedding is changed by one rounding: what the dtype cannot tell apart.
+        beside_text: inputs of images or sound that the model takes, and that the probe does not give it.
     """
 
     model: str
@@ -55,6 +60,7 @@ class VerifyReport:
     gradient_leak: float = 0.0
     parity: dict[str, float] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
+    beside_text: tuple[str, ...] = ()
 
     @property
     def allowed_leak(self) -> float:
@@ -85,6 +91,8 @@ class VerifyReport:
         lines.append(f"  {'isolated and exact' if self.ok else 'NOT ISOLATED' if not self.isolated else 'NOT EXACT'}")
         if self.first_leak is not None:
             lines.append(f"  the first layer that leaks: {self.first_leak}")
+        if self.beside_text:
+            lines.append(f"  of text alone: {', '.join(self.beside_text)} were not given")
         return "\n".join(lines)
 
 
@@ -137,6 +145,7 @@ def verify(
         is_patched(model),
         tuple(lengths),
         routed=any(_routes(config) for config in configs_of(pretrained)),
+        beside_text=tuple(name for name in inspect.signature(model.forward).parameters if _MEDIA.match(name)),
     )
     # Embeddings are given in place of ids, so that gradients at them can be asked for.
     x, other_x = embed(ids).detach(), embed(other_ids).detach()

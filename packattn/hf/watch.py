@@ -67,7 +67,7 @@ class Watch:
             same = self.kept.get(id(module)) == _made_of(module)
             known = part is not None and (mixer or part.kind in _OF_TOKENS or planned.get(id(module)) == part.kind)
             if not known and (part is not None or not self.plan.unknown) and not same:
-                odd.append(f"{names[id(module)]} ({describe(module)})")
+                odd.append(f"{names[id(module)] or 'the model'} ({describe(module)})")
         if odd:
             raise RuntimeError(
                 f"{', '.join(odd)}: changed or put into the model after packattn.patch, which planned nothing for it, "
