@@ -101,7 +101,7 @@ def test_the_last_examples_are_dropped_where_trainer_was_told_to(tmp_path):
         ({"token_budget": 9}, ValueError, "do not fit into 3 micro-steps of 1 ranks with a token_budget of 9"),
         ({"token_budget": 3}, ValueError, "more than the token_budget of 3"),
         ({"lengths": [3, 4]}, ValueError, "lengths must hold one length for each of the 24 examples"),
-        ({"examples": "a stream", "max_steps": 2}, TypeError, "train_dataset must have a length, got IterableDataset"),
+        ({"examples": "a stream", "max_steps": 2}, TypeError, "must have a length and numbered examples, got Iter"),
     ],
     ids=str,
 )

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import packattn
-from packattn import PackingCollator, pack_dataset
+from packattn import PackingCollator, pack_dataset, packing_report
 from packattn.data import PackedDataset, PackingPlan, PackRows, count_examples
 
 CAPACITY = 64
@@ -199,6 +199,10 @@ def test_the_format_of_a_data_set_chooses_its_columns_and_its_transform_is_not_p
         assert "weight" not in pack_dataset(chosen, CAPACITY, progress=False).column_names
     every = table.with_format("torch", columns=["input_ids"], output_all_columns=True)
     assert "weight" in pack_dataset(every, CAPACITY, progress=False).column_names
+    with pytest.raises(TypeError, match="dataset must have a length and numbered examples, got IterableDataset"):
+        count_examples(table.to_iterable_dataset())
+    with pytest.raises(TypeError, match="got a DataFrame that has no 0"):
+        pack_dataset(table.to_pandas(), 8)
     with pytest.raises(ValueError, match="makes its examples by a transform"):
         pack_dataset(table.with_transform(lambda batch: batch), CAPACITY, progress=False)
 
@@ -321,3 +325,17 @@ def test_plans_of_many_shapes_are_read_back(tmp_path):
         plan = packattn.pack([3, 5, 9], 10, method=method)
         plan.save(tmp_path / "plan.pt")
         assert list(PackingPlan.load(tmp_path / "plan.pt")) == list(plan)
+
+
+def test_a_torch_stream_with_a_length_is_a_stream():
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            return iter([{"input_ids": [number] * 2} for number in range(3)])
+
+    rows = pack_dataset(Stream(), 4)
+    assert sorted(token for row in rows for token in row["input_ids"].tolist()) == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(TypeError, match=r"packing_report cannot count a stream \(Stream\)"):
+        packing_report(Stream(), 4)

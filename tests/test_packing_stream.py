@@ -280,6 +280,21 @@ def test_what_is_no_state_is_named(state, error, message):
         make("list").load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rows", -1, "rows of the state must be an int of at least 0, got -1"),
+        ("rows", 10**9, "state has rows=1000000000 and pass_rows="),
+        ("taken", "3", "taken of the state must be an int, got '3'"),
+        ("epoch", -2, "epoch of the state must be an int of at least 0"),
+        ("ended", 1, "ended of the state must be True or False, got 1"),
+    ],
+)
+def test_a_field_that_cannot_be_is_named_and_makes_no_empty_epoch(field, value, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make("shuffle").load_state_dict({**saved(), field: value})
+
+
 def test_examples_that_can_be_read_only_once_are_refused():
     class Once:
         def __init__(self, give):

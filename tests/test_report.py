@@ -174,6 +174,13 @@ def test_without_labels_every_token_but_the_first_is_a_target():
     assert "target" not in str(report)
 
 
+def test_a_part_of_a_pandas_column_is_taken_as_lengths():
+    column = pytest.importorskip("pandas").Series([9, 3, 4, 5])
+    part = column[column < 9]  # whose index begins at 1
+    assert packing_report(part, 8, ranks=1).lengths.tolist() == [3, 4, 5]
+    assert packing_report(column.to_numpy()[::-1], 9, ranks=1).lengths.tolist() == [5, 4, 3, 9]
+
+
 def test_one_is_not_many():
     said = str(packing_report([12], 12, ranks=1, targets=[0]))
     assert said.startswith("1 example, 12 tokens;")

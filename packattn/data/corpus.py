@@ -225,8 +225,11 @@ def _write_rows(partial: Path, table: "pa.Table", plan: PackingPlan, shard_rows:
     examples = datasets.Dataset(datasets.table.InMemoryTable(table.drop_columns("line")), fingerprint=plan.fingerprint)
     rows = PackRows(examples.with_format("numpy"), plan)
     starts = range(0, len(plan), shard_rows)
-    for at, start in enumerate(shown(starts, len(starts), "packing rows, files", progress)):
-        target = partial / f"train-{at:05}-of-{len(starts):05}.parquet"
+    names = [f"train-{at:05}-of-{len(starts):05}.parquet" for at in range(len(starts))]
+    for other in {*partial.glob("*.parquet")} - {partial / name for name in names}:
+        other.unlink()  # its rows would be read twice
+    for name, start in zip(names, shown(starts, len(starts), "packing rows, files", progress), strict=True):
+        target = partial / name
         bins = range(start, min(start + shard_rows, len(plan)))
         made_of = json.dumps({"plan": plan.fingerprint, "bins": [bins.start, bins.stop]}).encode()
         if _made_of(target) != made_of:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from packattn.data.examples import (
     IGNORED,
@@ -41,8 +42,12 @@ def count_examples(dataset: Any, *, start_position: int = 0, mask_first: int = 1
         progress: show a progress bar.
 
     Raises:
-        TypeError, ValueError: an example cannot be read; the message names it.
+        TypeError, ValueError: an example cannot be read; the message names it. Or the data set has no length.
     """
+    if not is_indexed(dataset):
+        raise TypeError(
+            f"dataset must have a length and numbered examples, got {type(dataset).__name__}; a stream may have no end."
+        )
     if is_datasets(dataset):
         dataset = without_format(dataset)
         names = [name for name in dataset.column_names if name in READ]
@@ -138,6 +143,12 @@ def without_format(dataset: Any) -> Any:
     if not dataset.format["output_all_columns"]:
         dataset = dataset.select_columns(dataset.format["columns"])
     return dataset.with_format(None)
+
+
+def is_indexed(dataset: Any) -> bool:
+    """Whether examples are numbered from 0 to a length; those of a torch IterableDataset are not, also with one."""
+    numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return numbered and not isinstance(dataset, IterableDataset)
 
 
 def is_datasets(dataset: Any) -> bool:

@@ -17,6 +17,7 @@ from packattn.data.counts import (
     count_examples,
     count_tokens,
     is_datasets,
+    is_indexed,
     of_numbers,
     rows_without_target,
     without_format,
@@ -95,7 +96,7 @@ def pack_dataset(
     said = {name: value for name, value in said.items() if value is not None}
     if not isinstance(seed, EllipsisType):
         said["seed"] = seed
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    if not is_indexed(dataset):
         unused = (lengths, plan, num_proc, said.pop("seed", None))
         if any(value is not None for value in unused) or said.pop("method", "best-fit") != "best-fit":
             raise ValueError(
@@ -277,7 +278,14 @@ def _chosen(dataset: Any, columns: Collection[str] | None) -> Any:
         dataset = without_format(dataset)
         holding = {field.name: of_numbers(field.type) for field in dataset.features.arrow_schema}
         return dataset.remove_columns([*left_out(holding, columns, stacklevel=4)])
-    first = mapping_with_tokens(dataset[0], "example 0")
+    try:
+        given = dataset[0]
+    except (KeyError, IndexError) as error:
+        raise TypeError(
+            f"dataset must give its examples by their numbers from 0 on, got a {type(dataset).__name__} that has no 0; "
+            "of a pandas.DataFrame give datasets.Dataset.from_pandas(frame)."
+        ) from error
+    first = mapping_with_tokens(given, "example 0")
     names = left_out({name: holds_tokens(values) for name, values in first.items()}, columns, stacklevel=4)
     return _Without(dataset, names) if names else dataset
 

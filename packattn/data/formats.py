@@ -60,7 +60,7 @@ class Encoder:
             `{% generation %}`; of a prompt and its completion the completion. "all": every token.
         end: append the end-of-text token.
         columns: of records with input_ids, the fields to keep beside those that `PackingCollator` knows by name. None:
-            all that are lists of numbers.
+            all that are lists of numbers. A record without one of them is refused.
     """
 
     def __init__(
@@ -78,6 +78,12 @@ class Encoder:
         given = {name: value for name, value in record.items() if value is not None}
         if "input_ids" in given:
             kept = self.columns
+            missing = [name for name in kept or () if name not in given]
+            if missing:
+                raise ValueError(
+                    f"lacks {', '.join(missing)}, which --columns asks for; it has {', '.join(given)}; correct the "
+                    "line or --columns"
+                )
             used = [
                 name for name in given if name in READ or (holds_tokens(given[name]) if kept is None else name in kept)
             ]

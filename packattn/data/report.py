@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from packattn.data.balance import Cost
-from packattn.data.counts import count_examples, is_datasets
+from packattn.data.counts import count_examples, is_datasets, is_indexed
 from packattn.data.packing import pack
 from packattn.data.plan import PackingPlan
 from packattn.data.simulate import Setting, Step, balanced, offline, plain, tally
@@ -273,7 +273,7 @@ def _counts(given: Any, targets: Iterable[int] | Tensor | None) -> tuple[Tensor,
             f"packing_report takes lengths or a data set, got a {type(given).__name__} with "
             f"{', '.join(map(str, given))}; give one of its splits or columns."
         )
-    sized = hasattr(given, "__len__") and hasattr(given, "__getitem__")
+    sized = is_indexed(given)
     if not sized and isinstance(given, Iterable):
         first = list(itertools.islice(values := iter(given), 1))
         if first and isinstance(first[0], Mapping):
@@ -283,7 +283,7 @@ def _counts(given: Any, targets: Iterable[int] | Tensor | None) -> tuple[Tensor,
             )
         given = itertools.chain(first, values)
     elif is_datasets(given) or (
-        sized and not isinstance(given, Tensor) and len(given) and isinstance(given[0], Mapping)
+        sized and not isinstance(given, Tensor) and isinstance(next(iter(given), None), Mapping)
     ):
         if targets is not None:
             raise ValueError("targets are counted where packing_report is given a data set; leave them out.")

@@ -15,6 +15,7 @@ from packattn.data.examples import holds_tokens, left_out
 from packattn.data.packing import Overlong, make_limits
 from packattn.data.passes import Pass
 from packattn.data.source import Source, share_of
+from packattn.data.state import check_fields, check_same, of_epoch, said
 from packattn.data.values import whole
 
 _PLAIN = PackingCollator()
@@ -141,7 +142,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         """
         whole("epoch", epoch, 0)
         check_loader(self)
-        if self._resume is not None and not _of_epoch(self._resume, epoch):
+        if self._resume is not None and not of_epoch(self._resume, epoch):
             self._resume = None
         self._shared[0], self._shared[1] = epoch, self._shared[1] + 1
 
@@ -181,7 +182,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         if state is not None and state["epoch"] is not None:
             run.epoch = state["epoch"]
         if state is not None:
-            _check_reader(state, run.share)
+            check_same(state, run.share)
         if state is not None and state["rows"]:
             run.rows, run.ended = state["rows"], state["ended"]
             run.passing = Pass(self, run.epoch if run.quota is None else state["pass"])
@@ -219,7 +220,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         if ended.rows == 0:
             raise ValueError(
                 f"rows_per_epoch={self.rows_per_epoch} rows were asked for, and a whole pass over the examples gave "
-                f"none ({ended.taken} examples read, {ended.dropped} dropped; {_said(self._share())}); give every rank "
+                f"none ({ended.taken} examples read, {ended.dropped} dropped; {said(self._share())}); give every rank "
                 "and worker examples, for instance by more shards."
             )
         return Pass(self, (ended.epoch or 0) + 1)
@@ -328,14 +329,10 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
                 number of ranks or workers; or of another epoch than the one that was set.
         """
         wanted = self._packing()
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state must be what state_dict of a PackedStream gave, got {type(state).__name__}.")
-        missing = [name for name in (*wanted, *_PLACE) if name not in state]
-        if missing:
-            raise ValueError(f"state is not what state_dict of a PackedStream gave: it lacks {', '.join(missing)}.")
-        _check_same("state was saved with", {name: state[name] for name in wanted}, wanted)
-        _check_reader(state, self._share())
-        keep = not self._shared[1] or _of_epoch(state, int(self._shared[0]))
+        check_fields(state, wanted)
+        check_same(state, wanted)
+        check_same(state, self._share())
+        keep = not self._shared[1] or of_epoch(state, int(self._shared[0]))
         self._resume, self._left = dict(state) if keep else None, None
         if self.rows_per_epoch is not None:
             self._next_epoch, self._sets_seen = state["epoch"] + state["ended"], int(self._shared[1])
@@ -345,42 +342,6 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
             "limits": list(self.limits), "open_bins": self.open_bins, "overlong": self.overlong,
             "rows_per_epoch": self.rows_per_epoch, "collator": repr(self.collator),
         }  # fmt: skip
-
-
-_PLACE = ("ranks", "workers", "worker", "epoch", "rows", "ended", "pass", "pass_rows", "taken", "digest")
-
-
-def _check_same(what: str, saved: dict[str, Any], mine: dict[str, Any]) -> None:
-    if saved != mine:
-        names = [name for name in mine if saved[name] != mine[name]]
-        raise ValueError(
-            f"{what} {_said({name: saved[name] for name in names})}, this stream has "
-            f"{_said({name: mine[name] for name in names})}; go on with the same, or begin without the state."
-        )
-
-
-def _check_reader(state: Mapping[str, Any], share: dict[str, int]) -> None:
-    _check_same("state was saved with", {name: state[name] for name in share}, share)
-
-
-def _said(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())
-
-
-def _of_epoch(state: Mapping[str, Any], epoch: int) -> bool:
-    """Whether `state` is to be gone on from in `epoch`; not so if it is of the end of the epoch before.
-
-    Raises:
-        ValueError: it is of another epoch.
-    """
-    if state["epoch"] in (None, epoch):
-        return True
-    if state["ended"] and state["epoch"] + 1 == epoch:
-        return False
-    raise ValueError(
-        f"the state was saved in epoch {state['epoch']}, and the epoch was set to {epoch}; call "
-        f"set_epoch({state['epoch']}) of the stream or its loader before going on."
-    )
 
 
 class _Run:

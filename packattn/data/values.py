@@ -55,7 +55,8 @@ def _as_tensor(lengths: Any) -> Tensor:
     if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Iterable):
         raise TypeError(f"lengths must be a sequence of integers, got {type(lengths).__name__}.")
     try:
-        return torch.as_tensor(lengths if hasattr(lengths, "__array__") else list(lengths))
+        # Copied: torch takes no array that runs backwards, and reads a column of pandas by its index.
+        return torch.as_tensor(lengths.__array__().copy() if hasattr(lengths, "__array__") else list(lengths))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths must be integers: {error}.") from error
 

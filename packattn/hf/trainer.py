@@ -1,7 +1,7 @@
 """BalancedTrainer: transformers' Trainer over a BalancedPackingSampler, whose steps are those of a plain run."""
 
 import warnings
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from packattn.data import BalancedPackingSampler, Cost, PackingCollator
-from packattn.data.counts import count_tokens
+from packattn.data.counts import count_tokens, is_indexed
 from packattn.data.values import lengths_tensor
 from packattn.hf.patch import is_patched
 
@@ -59,10 +59,11 @@ class BalancedTrainerMixin:
             ValueError: an argument asks for what balanced steps cannot be; the lengths are not those of the data set.
         """
         args, dataset = self.args, self.train_dataset
-        if not isinstance(dataset, Sized):
+        if not is_indexed(dataset):
             raise TypeError(
-                f"a balanced train_dataset must have a length, got {type(dataset).__name__}: a step is spread once its "
-                "examples are known. Give a list or a datasets.Dataset, or use Trainer with pack_dataset's rows."
+                f"a balanced train_dataset must have a length and numbered examples, got {type(dataset).__name__}: a "
+                "step is spread once its examples are known. Give a list or a datasets.Dataset, or "
+                "use Trainer with pack_dataset's rows."
             )
         accelerator = args.accelerator_config
         for name, given, wanted in (
