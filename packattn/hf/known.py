@@ -4,6 +4,7 @@ A module is what defines its forward: a class that inherits one unchanged is the
 it changes no other function that this forward reaches.
 """
 
+import dis
 import hashlib
 import inspect
 import json
@@ -32,6 +33,8 @@ _LIBRARIES = {
     "trl",
 }
 _LOSSES = {"loss_function", "_loss_function"}
+# Whose functions in the modules of transformers are proven: its kernels work token by token.
+_KERNELS = _LIBRARIES | {"liger_kernel"}
 # Whose tensors hold weights and nothing else; those of other libraries may compute in ways of their own.
 _WEIGHTS = {"torch", "builtins", "bitsandbytes"}
 
@@ -84,7 +87,7 @@ def part_of(module: nn.Module, trusted: Collection[type] = ()) -> Part | None:
         return part or Part("attends" if calls_interface(module) else "tokens")
     function = forward_of(module)
     part = table().get(name_of(function))
-    if part is None or any(_changes(module, definer, _reached(definer, function))):
+    if part is None or any(_changes(module, definer, function)):
         return None
     if part.kind == "attends" and transformers.__version__ != _file()["transformers"] and not calls_interface(module):
         return Part("rows", "", "computes attention itself")  # as some did before they took up the interface
@@ -115,7 +118,7 @@ def describe(module: nn.Module) -> str:
     definer = _definer(kind)
     if weights := _odd_weights(module):
         return f"{name} with weights of {weights[0].__module__}.{weights[0].__qualname__}"
-    if name_of(function) in table() and (own := {*_changes(module, definer, _reached(definer, function))}):
+    if name_of(function) in table() and (own := {*_changes(module, definer, function)}):
         return f"{name} with {', '.join(sorted(own))} of its own"
     return name if _home(function) == kind.__module__ else f"{name} with the forward {name_of(function)}"
 
@@ -162,7 +165,9 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The function that is the forward of a module, without what libraries put around it."""
-    return inner(vars(module).get("forward", type(module).forward))
+    function = inner(vars(module).get("forward", type(module).forward))
+    calls = (nn.Module.__call__, nn.Module._wrapped_call_impl)  # of the module inside of one that torch.compile made
+    return inner(type(module).forward) if function in calls else function
 
 
 def inner(function: Any) -> Callable[..., Any]:
@@ -211,8 +216,9 @@ def _is_of_torch(function: Callable[..., Any]) -> bool:
     return _home(function).startswith("torch.nn.modules.")
 
 
-def _changes(module: nn.Module, definer: type, reached: frozenset[str]) -> Iterator[str]:
-    """Functions that a forward reaches and that a module, or its class if it inherits the forward, has of its own."""
+def _changes(module: nn.Module, definer: type, function: Callable[..., Any]) -> Iterator[str]:
+    """What a module, or its class if it inherits the forward, has of its own of what its forward reaches; its hooks."""
+    reached = _reached(definer, function)
     for base in type(module).__mro__[: type(module).__mro__.index(definer)]:
         for name, value in vars(base).items():
             if name in reached and _is_foreign(value):
@@ -220,14 +226,41 @@ def _changes(module: nn.Module, definer: type, reached: frozenset[str]) -> Itera
     for name, value in vars(module).items():
         if name in reached and _is_foreign(value):
             yield name
+    for names, name in globals_of(module):
+        if _root(inner(names.get(name))) not in _KERNELS:
+            yield f"a function {name}"
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        if _is_foreign(hook) and _returns_something(hook):
+            yield f"the hook {getattr(inner(hook), '__qualname__', type(hook).__qualname__)}"
     for variant in getattr(module, "lora_variant", {}).values():  # of PEFT: a forward for one adapter
         if name_of(inner(type(variant).forward)) not in table():
             yield type(variant).__name__
 
 
+def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where the functions lie that the forward of a module calls by a global name: a namespace, and the name there."""
+    function = forward_of(module)
+    names: dict[str, Any] = getattr(function, "__globals__", {})
+    reached = _reached(_definer(type(module)), function)
+    return [(names, name) for name in reached if isinstance(names.get(name), FunctionType)]
+
+
+def _returns_something(hook: Any) -> bool:
+    """Whether a hook may change what passes by; those that return nothing only look at it."""
+    code = getattr(inner(hook), "__code__", None) or getattr(type(hook).__call__, "__code__", None)
+    if code is None:
+        return True
+    steps = list(dis.get_instructions(code))
+    returned = [
+        before for before, step in zip([steps[0], *steps], steps, strict=False) if step.opname == "RETURN_VALUE"
+    ]
+    constants = [step for step in steps if step.opname == "RETURN_CONST"]
+    return any("CONST" not in step.opname or step.argval is not None for step in returned + constants)
+
+
 def _is_foreign(value: Any) -> bool:
     value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-    if not isinstance(value, (FunctionType, partial)):
+    if not callable(value) or isinstance(value, (type, nn.Module)):
         return False
     return _root(inner(value)) not in _LIBRARIES
 

@@ -1,12 +1,12 @@
 """Whether a patched model is still made of the parts that were planned: some microseconds in every forward."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import chain, repeat
 from typing import Any
 
 from torch import nn
 
-from packattn.hf.known import describe
+from packattn.hf.known import Part, describe, globals_of
 from packattn.hf.plan import Plan, parts_of
 
 _OF_TOKENS = ("tokens", "shifts", "beside")
@@ -26,13 +26,26 @@ class Watch:
     def look(self) -> None:
         """Take what is there now for what is to be there."""
         self.modules = list(self.model.modules())
+        made = {id(module): _made_of(module, part) for module, part, _ in self._parts()}
+        self.kept = [made.get(id(module)) for module in self.modules]
+        self._view()
+        self.before = self._now()
+
+    def _view(self) -> None:
+        """Where to look, which a copy of the model has to find again."""
         self.kinds: list[type[nn.Module]] = list(dict.fromkeys(map(type, self.modules)))
         self.states = [vars(module) for module in self.modules]
         self.children = [module._modules for module in self.modules]
         self.weights = [module._parameters for module in self.modules]
+        self.hooks = [hooks for m in self.modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
         self.adapted = [m._forward_pre_hooks for m in self.modules if _is_of_peft(m)]
-        self.kept = {id(module): _made_of(module) for module in self.modules}
-        self.before = self._now()
+        functions = {(id(names), name): (names, name) for m in self.modules for names, name in globals_of(m)}
+        self.names = [names for names, _ in functions.values()], [name for _, name in functions.values()]
+        self.functions = self._functions()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("model", "plan", "trusted", "modules", "kept", "before")
+        return {name: vars(self)[name] for name in kept}
 
     def _now(self) -> list[list[Any]]:
         return [
@@ -41,7 +54,15 @@ class Watch:
             list(chain.from_iterable(map(dict.values, self.children))),
             list(map(type, chain.from_iterable(map(dict.values, self.weights)))),
             [kind.forward for kind in self.kinds],
+            list(map(len, self.states)),
+            list(chain.from_iterable(self.hooks)),
         ]
+
+    def _functions(self) -> list[Any]:
+        return list(map(dict.get, *self.names))
+
+    def _parts(self) -> Iterator[tuple[nn.Module, Part | None, bool]]:
+        return parts_of(self.model, {*self.plan.builders[-1][1].modules()}, self.trusted)
 
     def check(self) -> None:
         """Raise where the model is not the one that was planned; parts that are known to be of tokens may join it.
@@ -50,6 +71,8 @@ class Watch:
             RuntimeError: the message names what was put into the model.
             NotImplementedError: the call names an adapter for each row.
         """
+        if "states" not in vars(self):
+            self._view()
         if any(self.adapted):
             hooks = chain.from_iterable(map(dict.values, self.adapted))
             if any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks):
@@ -57,16 +80,19 @@ class Watch:
                     "adapter_names: PEFT takes one adapter for each row of a batch, and a packed row holds many "
                     "examples. Leave it out, and set one adapter for the call."
                 )
-        if self._now() == self.before:
+        if self._now() == self.before and self._functions() == self.functions:
             return
         planned = {id(module): kind for _, module, kind in self.plan.by_sequence}
         planned |= {id(module): "attends" for _, module in self.plan.attention}
         names = {id(module): name for name, module in self.model.named_modules()}
+        stack = self.plan.stack if self.plan.unknown else None
+        alone = {id(module) for module in stack.modules()} if stack is not None else set()
+        kept = dict(zip(map(id, self.modules), self.kept, strict=True))
         odd = []
-        for module, part, mixer in parts_of(self.model, {*self.plan.builders[-1][1].modules()}, self.trusted):
-            same = self.kept.get(id(module)) == _made_of(module)
+        for module, part, mixer in self._parts():
+            same = kept.get(id(module)) == _made_of(module, part)
             known = part is not None and (mixer or part.kind in _OF_TOKENS or planned.get(id(module)) == part.kind)
-            if not known and (part is not None or not self.plan.unknown) and not same:
+            if not known and (part is not None or id(module) not in alone) and not same:
                 odd.append(f"{names[id(module)] or 'the model'} ({describe(module)})")
         if odd:
             raise RuntimeError(
@@ -77,8 +103,9 @@ class Watch:
         self.look()
 
 
-def _made_of(module: nn.Module) -> tuple[Any, ...]:
-    return type(module), vars(module).get("forward"), type(module).forward, [*map(type, module._parameters.values())]
+def _made_of(module: nn.Module, part: Part | None) -> tuple[Any, ...]:
+    weights = [*map(type, module._parameters.values())]
+    return type(module), vars(module).get("forward"), type(module).forward, weights, part
 
 
 def _is_of_peft(module: nn.Module) -> bool:
