@@ -104,6 +104,23 @@ def test_a_hook_that_returns_nothing_only_looks():
     assert model.model.layers[0].mlp.seen[1] == batch["input_ids"].shape[1]
 
 
+def test_a_hook_after_the_patch_may_look_in_any_way_and_stays_the_users():
+    model, batch, seen = llama(), packed(), []
+    patch = packattn.patch(model)
+
+    def look(module, args, output):
+        return seen.append(output.shape)
+
+    handle = model.model.layers[0].mlp.register_forward_hook(look)
+    model(**of(batch))
+    model(**of(batch))
+    assert len(seen) == 2
+    patch.remove()
+    assert model.model.layers[0].mlp._forward_hooks[handle.id] is look
+    handle.remove()
+    assert not model.model.layers[0].mlp._forward_hooks
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_law_3_a_copy_of_a_patched_model_is_watched_too(copied):
     model, batch = llama(), packed()

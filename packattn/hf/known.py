@@ -230,8 +230,8 @@ def _changes(module: nn.Module, definer: type, function: Callable[..., Any]) -> 
         if _root(inner(names.get(name))) not in _KERNELS:
             yield f"a function {name}"
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        if _is_foreign(hook) and _returns_something(hook):
-            yield f"the hook {getattr(inner(hook), '__qualname__', type(hook).__qualname__)}"
+        if may_change(hook):
+            yield name_of_hook(hook)
     for variant in getattr(module, "lora_variant", {}).values():  # of PEFT: a forward for one adapter
         if name_of(inner(type(variant).forward)) not in table():
             yield type(variant).__name__
@@ -245,8 +245,17 @@ def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     return [(names, name) for name in reached if isinstance(names.get(name), FunctionType)]
 
 
+def name_of_hook(hook: Any) -> str:
+    """A user's hook, in words."""
+    return f"the hook {getattr(inner(hook), '__qualname__', type(hook).__qualname__)}"
+
+
+def may_change(hook: Any) -> bool:
+    """Whether a hook is a user's that may change what passes by; those that return nothing only look at it."""
+    return _is_foreign(hook) and _returns_something(hook)
+
+
 def _returns_something(hook: Any) -> bool:
-    """Whether a hook may change what passes by; those that return nothing only look at it."""
     code = getattr(inner(hook), "__code__", None) or getattr(type(hook).__call__, "__code__", None)
     if code is None:
         return True

@@ -30,7 +30,7 @@ from packattn.hf.hooks import NAME, Enter, Leave, entered, entering, leaving, wi
 from packattn.hf.inputs import EXPLICIT, modules_around, takes_rows
 from packattn.hf.plan import Plan, make_plan
 from packattn.hf.probe import Probe, first_by_structure, first_position
-from packattn.hf.watch import Watch
+from packattn.hf.watch import Watch, leave_hooks
 
 
 class Patch:
@@ -163,6 +163,7 @@ def patch(model: nn.Module, *, trusted: Collection[type] = ()) -> Patch:
         raise
     plan.first_forward = True  # those of the probe are not the user's
     plan.unchanged = Watch(model, plan, trusted).check
+    restore.append(partial(leave_hooks, model))
     _warn(model, plan)
     return Patch(model, plan, restore)
 

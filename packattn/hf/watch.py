@@ -1,15 +1,41 @@
 """Whether a patched model is still made of the parts that were planned: some microseconds in every forward."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
 from torch import nn
 
-from packattn.hf.known import Part, describe, globals_of
+from packattn.hf.known import Part, describe, globals_of, may_change, name_of_hook
 from packattn.hf.plan import Plan, parts_of
 
 _OF_TOKENS = ("tokens", "shifts", "beside")
+
+
+@dataclass
+class OnlyLooks:
+    """A user's hook that was put on after the patch: it may look at what passes by, and not change it."""
+
+    hook: Callable[..., Any]
+    kind: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if self.hook(*args, **kwargs) is not None:
+            raise RuntimeError(
+                f"{self.kind} with {name_of_hook(self.hook)} of its own, which was put on after packattn.patch and "
+                "returned something: packed sequences may not be isolated. Return None, call packattn.patch after it, or "
+                "vouch for it by the class that it is on: packattn.patch(model, trusted=[...])."
+            )
+
+
+def leave_hooks(model: nn.Module) -> None:
+    """Put back the hooks that `OnlyLooks` stands for."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in hooks.items():
+                if isinstance(hook, OnlyLooks):
+                    hooks[key] = hook.hook
 
 
 class Watch:
@@ -38,6 +64,7 @@ class Watch:
         self.children = [module._modules for module in self.modules]
         self.weights = [module._parameters for module in self.modules]
         self.hooks = [hooks for m in self.modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+        self.judged = {key for hooks in self.hooks for key in hooks}  # of all hooks of the process, by torch
         self.adapted = [m._forward_pre_hooks for m in self.modules if _is_of_peft(m)]
         functions = {(id(names), name): (names, name) for m in self.modules for names, name in globals_of(m)}
         self.names = [names for names, _ in functions.values()], [name for _, name in functions.values()]
@@ -88,6 +115,7 @@ class Watch:
         stack = self.plan.stack if self.plan.unknown else None
         alone = {id(module) for module in stack.modules()} if stack is not None else set()
         kept = dict(zip(map(id, self.modules), self.kept, strict=True))
+        self._guard_new_hooks(alone)
         odd = []
         for module, part, mixer in self._parts():
             same = kept.get(id(module)) == _made_of(module, part)
@@ -101,6 +129,16 @@ class Watch:
                 "again after."
             )
         self.look()
+
+    def _guard_new_hooks(self, alone: Collection[int]) -> None:
+        """Let hooks that came after the patch only look, but for those on parts that run one sequence at a time."""
+        for module in self.model.modules():
+            if id(module) in alone or type(module) in self.trusted:
+                continue
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in hooks.keys() - self.judged:
+                    if may_change(hooks[key]):
+                        hooks[key] = OnlyLooks(hooks[key], type(module).__name__)
 
 
 def _made_of(module: nn.Module, part: Part | None) -> tuple[Any, ...]:
