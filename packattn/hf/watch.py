@@ -24,8 +24,8 @@ class OnlyLooks:
         if self.hook(*args, **kwargs) is not None:
             raise RuntimeError(
                 f"{self.kind} with {name_of_hook(self.hook)} of its own, which was put on after packattn.patch and "
-                "returned something: packed sequences may not be isolated. Return None, call packattn.patch after it, or"
-                " vouch for it by the class that it is on: packattn.patch(model, trusted=[...])."
+                "returned something: packed sequences may not be isolated. Return None, patch again after it, or vouch "
+                "for it by the class that it is on: packattn.patch(model, trusted=[...])."
             )
 
 
