@@ -438,7 +438,7 @@ def test_law_1_a_row_longer_than_the_longest_sequence(name):
             assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, expected)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_law_1_a_model_that_gives_out_its_attention_mask(compiled):
     torch._dynamo.reset()
     torch.manual_seed(0)
